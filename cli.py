@@ -1,0 +1,3 @@
+from qwen2tool.cli import main
+
+main()

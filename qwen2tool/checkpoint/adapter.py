@@ -1,0 +1,191 @@
+"""A PEFT LoRA adapter as files: its pairs, their scaling, and whether they fit a base.
+
+Maths (Hu et al. 2021, arXiv 2106.09685; names and scaling as PEFT writes them): W' = W + s B A with A (rank, in),
+B (out, rank), s = alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). Rank and alpha
+may differ by module (`rank_pattern`, `alpha_pattern`): the key is a regular expression that must match the end of the
+module's name. Whatever else an adapter may hold is refused by name: merging a part of it would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.geometry import read_json
+from qwen2tool.checkpoint.header import TensorInfo, read_header
+from qwen2tool.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PROVENANCE_FILE = "qwen2tool.json"
+"""Written by our trainer beside the adapter: which base it belongs to, by fingerprint."""
+PREFIX = "base_model.model."
+PART = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+REFUSED_KEYS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "corda_config",
+    "arrow_config",
+)
+"""Settings of PEFT's LoraConfig that change what a merge must do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraPair:
+    """One adapted module: A is (rank, in), B is (out, rank); the update of its weight is `scaling` * B @ A."""
+
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An opened adapter; `pairs` maps the adapted module (as the base names it) to its pair."""
+
+    path: Path
+    config: dict[str, Any]
+    pairs: dict[str, LoraPair]
+    base_fingerprint: str | None
+
+
+def open_adapter(path: Path) -> Adapter:
+    """Opens a plain LoRA adapter in PEFT's format by its headers.
+
+    Raises:
+        UserError: not an adapter, another PEFT method, a setting that plain LoRA does not have, an unpaired tensor.
+    """
+    if not (path / ADAPTER_CONFIG).is_file() or not (path / ADAPTER_FILE).is_file():
+        raise UserError(
+            f"{path}: not a PEFT adapter (needs {ADAPTER_CONFIG} and {ADAPTER_FILE})",
+            "Name the folder that training wrote",
+        )
+    config = read_json(path / ADAPTER_CONFIG)
+    _refuse_other_methods(path, config)
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in read_header(path / ADAPTER_FILE).tensors.items():
+        match = PART.fullmatch(name.removeprefix(PREFIX))
+        if match is None or not name.startswith(PREFIX) or len(info.shape) != 2:
+            raise UserError(
+                f"{path / ADAPTER_FILE}: {name} is no LoRA A or B matrix",
+                "Merge it with the tool that made it: this is no plain LoRA",
+            )
+        parts.setdefault(match["module"], {})[match["side"]] = info
+    pairs = {module: _pair(path, config, module, sides) for module, sides in parts.items()}
+    if not pairs:
+        raise UserError(f"{path / ADAPTER_FILE}: holds no tensors", "Train the adapter again")
+    provenance = path / PROVENANCE_FILE
+    fingerprint = read_json(provenance).get("base_fingerprint") if provenance.is_file() else None
+    return Adapter(path=path, config=config, pairs=pairs, base_fingerprint=fingerprint)
+
+
+def _refuse_other_methods(path: Path, config: dict[str, Any]) -> None:
+    where, remedy = path / ADAPTER_CONFIG, "Only plain LoRA is supported; use PEFT itself for this adapter"
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type is {config.get('peft_type')!r}, not 'LORA'", remedy)
+    for key in REFUSED_KEYS:
+        if config.get(key):
+            raise UserError(f"{where}: {key} is set", remedy)
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{where}: bias is {config['bias']!r}: this adapter trained the base's biases", remedy)
+    if config.get("fan_in_fan_out"):
+        raise UserError(f"{where}: fan_in_fan_out is set, which no Qwen2 layer needs", remedy)
+
+
+def _pair(path: Path, config: dict[str, Any], module: str, sides: dict[str, TensorInfo]) -> LoraPair:
+    if set(sides) != {"A", "B"}:
+        missing = "B" if "A" in sides else "A"
+        raise UserError(
+            f"{path / ADAPTER_FILE}: {module} has no lora_{missing}", "The adapter is incomplete: copy it again"
+        )
+    a, b = sides["A"], sides["B"]
+    rank = int(by_pattern(config.get("rank_pattern"), module, config["r"]))
+    alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise UserError(
+            f"{path / ADAPTER_FILE}: {module} has rank {a.shape[0]} and {b.shape[1]}, {ADAPTER_CONFIG} says {rank}",
+            "Keep config and weights of one run together",
+        )
+    scaling = alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraPair(module=module, a=a, b=b, scaling=scaling)
+
+
+def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of `module` as PEFT matches it, else `default`."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def require_fit(adapter: Adapter, base: Checkpoint, allow_other_base: bool = False) -> None:
+    """Passes an adapter whose every pair has a weight of the right shape in `base`, and that was trained on it.
+
+    Raises:
+        UserError: a module that the base lacks, another shape, a tied head or table as target, another base.
+    """
+    for module, pair in adapter.pairs.items():
+        weight = base.tensors.get(f"{module}.weight")
+        if weight is None:
+            raise UserError(
+                f"{adapter.path}: adapts {module}, which {base.path} does not have",
+                "Use the base that the adapter was trained on",
+            )
+        if (pair.b.shape[0], pair.a.shape[1]) != weight.shape:
+            raise UserError(
+                f"{adapter.path}: {module} is for a weight of shape {[pair.b.shape[0], pair.a.shape[1]]}, {base.path} has {list(weight.shape)}",
+                "Use the base that the adapter was trained on",
+            )
+        if module.endswith("embed_tokens") or (module == "lm_head" and base.geometry.tie_word_embeddings):
+            raise UserError(
+                f"{adapter.path}: adapts {module}, which shares its table or is one",
+                "Train the adapter on the linear layers only",
+            )
+    if adapter.base_fingerprint and not allow_other_base and adapter.base_fingerprint != fingerprint(base):
+        raise UserError(
+            f"{adapter.path}: was trained on another base ({adapter.config.get('base_model_name_or_path')}) than {base.path}",
+            "Use that base, or pass --allow-other-base if the two are meant to differ",
+        )
+
+
+def delta(pair: LoraPair) -> torch.Tensor:
+    """The update of the module's weight, (out, in) in fp32: scaling * B @ A, from fp32 copies of A and B."""
+    from qwen2tool.checkpoint.reader import read_tensor
+
+    return (read_tensor(pair.b).float() @ read_tensor(pair.a).float()) * pair.scaling
+
+
+def fingerprint(base: Checkpoint, head_bytes: int = 4096) -> str:
+    """sha256 that tells two bases of one geometry apart for the price of a few small reads.
+
+    It covers every tensor's name, dtype and shape, all one-dimensional tensors (biases and norms) whole, and the first
+    `head_bytes` of each matrix.
+    """
+    from qwen2tool.checkpoint.reader import raw_chunks
+
+    digest = hashlib.sha256()
+    for name, info in sorted(base.tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+        for piece in raw_chunks(info, None if len(info.shape) == 1 else head_bytes):
+            digest.update(piece)
+    return digest.hexdigest()

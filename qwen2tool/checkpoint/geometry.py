@@ -1,0 +1,184 @@
+"""config.json as a geometry: the numbers that fix every tensor's shape, and which tensors a whole checkpoint has.
+
+Two generations of spellings are in use: transformers 4 writes `rope_theta`, `rope_scaling` and `torch_dtype`,
+transformers 5 writes `rope_parameters` and `dtype`, and each misreads the other's file in silence (4.46 takes theta
+10000 for a missing `rope_theta`). So both are read here, and a disagreement is kept for the report.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen2tool.errors import UserError
+
+Config = dict[str, Any]
+LLAMA_THETA = 10000.0
+"""What readers assume where a config names no RoPE base."""
+FULL_CONFIG = "Copy config.json again from where the checkpoint came from"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """A decoder's shape. `sliding_layers` are the layers that really slide, whatever the raw flags say."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    sliding_window: int | None
+    sliding_layers: tuple[int, ...]
+    dtype: str | None
+    quantization: dict[str, Any] | None
+
+
+def read_config(folder: Path) -> Config:
+    """config.json of `folder`.
+
+    Raises:
+        UserError: there is none, or it is no JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: not a checkpoint (no config.json)", "Name the folder that holds config.json")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it is unreadable, or no object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({str(error)[:80]})", "Repair the file or copy it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds a {type(value).__name__}, not an object", "Repair the file or copy it again")
+    return value
+
+
+def geometry(config: Config) -> Geometry:
+    """The geometry that `config` describes, with transformers' defaults for absent optional keys.
+
+    Raises:
+        UserError: a key that fixes a shape is missing or no positive integer.
+    """
+    hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+    layers = _positive(config, "num_hidden_layers")
+    theta, scaling = effective_rope(config)
+    return Geometry(
+        model_type=str(config.get("model_type")),
+        hidden_size=hidden,
+        intermediate_size=_positive(config, "intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_positive(config, "num_key_value_heads", heads),
+        head_dim=_positive(config, "head_dim", max(1, hidden // heads)),
+        vocab_size=_positive(config, "vocab_size"),
+        max_position_embeddings=_positive(config, "max_position_embeddings", 32768),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        attention_bias=config.get("model_type") == "qwen2" or bool(config.get("attention_bias", False)),
+        sliding_window=config.get("sliding_window"),
+        sliding_layers=sliding_layers(config, layers),
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+        quantization=config.get("quantization_config"),
+    )
+
+
+def _positive(config: Config, key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        raise UserError(f"config.json: {key} is {value!r}, not a positive whole number", FULL_CONFIG)
+    return value
+
+
+def effective_rope(config: Config) -> tuple[float, dict[str, Any] | None]:
+    """RoPE base and scaling as the newest reader takes them: `rope_parameters` first, then the older spelling."""
+    new = config.get("rope_parameters") or {}
+    theta = float(new.get("rope_theta") or config.get("rope_theta") or LLAMA_THETA)
+    scaling = new if new else config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    extra = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
+    return theta, ({"rope_type": kind, **extra} if kind != "default" else None)
+
+
+def rope_disagreement(config: Config) -> str | None:
+    """A sentence where readers of the two generations would take different RoPE bases, else None."""
+    new, old = (config.get("rope_parameters") or {}).get("rope_theta"), config.get("rope_theta")
+    if new is not None and old is None:
+        return f"rope_theta stands only in rope_parameters ({new:g}): transformers 4 will read {LLAMA_THETA:g}"
+    if new is not None and old is not None and float(new) != float(old):
+        return f"rope_theta is {old:g} but rope_parameters says {new:g}: readers will disagree"
+    return None
+
+
+def sliding_layers(config: Config, layers: int) -> tuple[int, ...]:
+    """Layers that attend through a window: `layer_types` where given, else transformers' rule (i >= max_window_layers)."""
+    types = config.get("layer_types")
+    if isinstance(types, list):
+        return tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+        return ()
+    return tuple(range(int(config.get("max_window_layers", 28)), layers))
+
+
+def expected_tensors(shape: Geometry) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a whole Qwen2 (or attention-biased Llama) checkpoint holds.
+
+    Linear weights are (out_features, in_features). A tied head is no tensor of its own. Names and biases:
+    transformers' Qwen2ForCausalLM; Llama's `attention_bias` adds one on o_proj as well.
+    """
+    hidden, inter = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            tensors[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
+            if shape.attention_bias:
+                tensors[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
+        tensors[f"{prefix}self_attn.o_proj.weight"] = (hidden, q)
+        if shape.attention_bias and shape.model_type == "llama":
+            tensors[f"{prefix}self_attn.o_proj.bias"] = (hidden,)
+        tensors[f"{prefix}mlp.gate_proj.weight"] = (inter, hidden)
+        tensors[f"{prefix}mlp.up_proj.weight"] = (inter, hidden)
+        tensors[f"{prefix}mlp.down_proj.weight"] = (hidden, inter)
+        tensors[f"{prefix}input_layernorm.weight"] = (hidden,)
+        tensors[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    tensors["model.norm.weight"] = (hidden,)
+    if not shape.tie_word_embeddings:
+        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+    return tensors
+
+
+def with_both_spellings(config: Config) -> Config:
+    """A copy of `config` that readers of either generation take the same way; unknown keys stay as they are."""
+    edited = dict(config)
+    theta, scaling = effective_rope(config)
+    edited["rope_theta"] = theta
+    edited["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    if scaling:
+        edited["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype:
+        edited["dtype"] = edited["torch_dtype"] = dtype
+    return edited

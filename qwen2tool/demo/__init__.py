@@ -1,0 +1,1 @@
+"""The whole path on a small model, with a damaged copy as the counter-example."""

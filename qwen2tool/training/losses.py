@@ -1,0 +1,56 @@
+"""The two losses as plain functions of logits; fp32 inside, shapes in every docstring.
+
+Legend: B sequences, T positions, V vocabulary. Logits at position t predict token t + 1, so the functions take logits
+and targets that are already shifted against each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) at each position, fp32.
+
+    Args:
+        logits: (..., V), any float dtype.
+        targets: (...), int64; values outside the vocabulary are an error of the caller.
+    """
+    return -F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def sequence_log_probs(logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """Sum of log p over the scored positions of each sequence: (B, T, V), (B, T), (B, T) bool -> (B,) fp32."""
+    return (token_log_probs(logits, targets) * scored).sum(-1)
+
+
+class DpoTerms(NamedTuple):
+    """Loss a pair and the implicit rewards, each (B,) fp32; rewards carry no gradient."""
+
+    loss: torch.Tensor
+    rewards_chosen: torch.Tensor
+    rewards_rejected: torch.Tensor
+
+
+def dpo_sigmoid(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    reference_chosen: torch.Tensor,
+    reference_rejected: torch.Tensor,
+    beta: float,
+) -> DpoTerms:
+    """Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta ((c - c_ref) - (r - r_ref))).
+
+    Args:
+        chosen, rejected: sequence log-probs under the policy, (B,).
+        reference_chosen, reference_rejected: the same under the reference, (B,).
+        beta: the strength of the pull towards the reference.
+    """
+    rewards_chosen = beta * (chosen - reference_chosen)
+    rewards_rejected = beta * (rejected - reference_rejected)
+    return DpoTerms(
+        -F.logsigmoid(rewards_chosen - rewards_rejected), rewards_chosen.detach(), rewards_rejected.detach()
+    )

@@ -1,0 +1,96 @@
+"""The model that is trained: a transformers Qwen2 (16-bit or NF4) under PEFT's LoRA, fresh or continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from qwen2tool.checkpoint.adapter import ADAPTER_FILE, PROVENANCE_FILE, Adapter, fingerprint, open_adapter, require_fit
+from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers
+from qwen2tool.checkpoint.writer import atomic_folder, write_json
+from qwen2tool.errors import UserError
+from qwen2tool.training.guard import require_finite_weights
+from qwen2tool.training.settings import TrainSettings
+
+
+class Placement(NamedTuple):
+    """Where a run computes and in which dtype; `autocast` is on for 16-bit runs, as in transformers.Trainer."""
+
+    device: str
+    dtype: Dtype
+
+    @property
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+def place(settings: TrainSettings) -> Placement:
+    """Resolves "auto".
+
+    Raises:
+        UserError: CUDA is asked for and not there, or the GPU has no bfloat16.
+    """
+    has_cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_cuda:
+        raise UserError(
+            "--device is cuda, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch"
+        )
+    device = ("cuda" if has_cuda else "cpu") if settings.device == "auto" else settings.device
+    dtype: Dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    if device == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            "this GPU has no bfloat16", "Pass --dtype float32: Qwen2 overflows in float16 on stock attention"
+        )
+    return Placement(device, dtype)
+
+
+def trainable_model(checkpoint: Checkpoint, settings: TrainSettings, placement: Placement) -> Any:
+    """A PeftModel whose only trainable parameters are LoRA's A and B, in fp32.
+
+    Raises:
+        UserError: a checkpoint that is not whole or already quantised, an adapter that does not fit.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if checkpoint.geometry.quantization is not None:
+        raise UserError(
+            f"{checkpoint.path}: already quantised",
+            "Train on the 16-bit checkpoint, with --quantize nf4 if memory is short",
+        )
+    adapter = _fitting_adapter(checkpoint, settings.adapter)
+    model = load_model(checkpoint, dtype=placement.dtype, device=placement.device, nf4=settings.quantize == "nf4")
+    model.config.use_cache = False
+    if adapter is not None:
+        with quiet_transformers():
+            return PeftModel.from_pretrained(model, adapter.path, is_trainable=True)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _fitting_adapter(checkpoint: Checkpoint, path: str | None) -> Adapter | None:
+    if path is None:
+        return None
+    adapter = open_adapter(Path(path))
+    require_fit(adapter, checkpoint)
+    return adapter
+
+
+def save_adapter(model: Any, checkpoint: Checkpoint, base_name: str, target: Path, overwrite: bool = False) -> None:
+    """Writes the adapter in PEFT's format, with the base's fingerprint beside it; complete or not at all."""
+    require_finite_weights(model)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    with atomic_folder(target, overwrite) as folder:
+        model.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `push` writes a real one
+        write_json(folder / PROVENANCE_FILE, {"base": base_name, "base_fingerprint": fingerprint(checkpoint)})
+        if not (folder / ADAPTER_FILE).is_file():
+            raise AssertionError("PEFT wrote no safetensors adapter")

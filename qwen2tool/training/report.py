@@ -1,0 +1,87 @@
+"""What a run did, as figures: written to report.json and printed at the end."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from qwen2tool import __version__
+from qwen2tool.console import format_bytes, print_table, say
+from qwen2tool.training.evaluate import DpoScore, SftScore
+from qwen2tool.training.tasks import Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """Figures of one run. Times in seconds, memory in bytes, losses in nats; `eval_*` are None without `eval_data`."""
+
+    task: str
+    output: str
+    steps: int
+    records: int
+    skipped: int
+    cut: int
+    trainable_parameters: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    step_seconds: float
+    peak_memory: int
+    peak_memory_of: str
+    eval_before: Score | None
+    eval_after: Score | None
+    environment: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def environment() -> dict[str, str]:
+    """Versions and device that every figure depends on."""
+    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    found = {"qwen2tool": __version__, "python": platform.python_version()}
+    found |= {name: version(name) for name in packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return found | {"device": device}
+
+
+def peak_memory() -> tuple[int, str]:
+    """(bytes, of what): allocated on the GPU where there is one, else resident in this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated(), "GPU, allocated"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process, resident"
+
+
+def median(values: list[float]) -> float:
+    """Of the steps after the first, which also pays for warming up."""
+    return statistics.median(values[1:] or values or [0.0])
+
+
+def print_report(report: TrainReport) -> None:
+    """The figures a user looks for first."""
+    say(f"adapter: {report.output}/adapter")
+    rows: list[tuple[object, ...]] = [
+        ("loss, first and last step", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"),
+        ("steps", f"{report.steps} ({report.step_seconds:.3g} s each, {report.seconds:.0f} s in all)"),
+        ("records", f"{report.records} used, {report.cut} cut at max_length, {report.skipped} left out"),
+        ("trainable parameters", f"{report.trainable_parameters:,}"),
+        ("peak memory", f"{format_bytes(report.peak_memory)} ({report.peak_memory_of})"),
+    ]
+    before, after = report.eval_before, report.eval_after
+    if isinstance(before, SftScore) and isinstance(after, SftScore):
+        rows.append(("held-out NLL", f"{before.nll:.4f} -> {after.nll:.4f} over {after.tokens} tokens"))
+        rows.append(("held-out perplexity", f"{before.perplexity:.4g} -> {after.perplexity:.4g}"))
+    if isinstance(before, DpoScore) and isinstance(after, DpoScore):
+        rows.append(
+            ("held-out reward accuracy", f"{before.accuracy:.3f} -> {after.accuracy:.3f} over {after.pairs} pairs")
+        )
+        rows.append(("held-out reward margin", f"{before.margin:.4f} -> {after.margin:.4f}"))
+        rows.append(("chosen likelier per token", f"{before.preferred:.3f} -> {after.preferred:.3f}"))
+    print_table("", ("", report.task.upper()), rows, numeric_from=2)

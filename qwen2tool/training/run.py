@@ -1,0 +1,169 @@
+"""One training run from settings to adapter: check everything, then load, score, train, score, save.
+
+Nothing is written before the inputs have passed; the adapter appears whole at the end or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from qwen2tool.checkpoint.folder import open_checkpoint
+from qwen2tool.checkpoint.inventory import require_whole
+from qwen2tool.checkpoint.load import load_tokenizer
+from qwen2tool.checkpoint.writer import require_free, write_json
+from qwen2tool.console import remark
+from qwen2tool.errors import UserError
+from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
+from qwen2tool.training.dataset import Records, read_records
+from qwen2tool.training.model import Placement, place, save_adapter, trainable_model
+from qwen2tool.training.report import TrainReport, environment, median, peak_memory
+from qwen2tool.training.settings import TrainSettings
+from qwen2tool.training.tasks import DpoTask, SftTask, Task
+from qwen2tool.training.trainer import GuardedTrainer, last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = False) -> TrainReport:
+    """Runs SFT or DPO and leaves adapter/, metrics.jsonl, report.json, settings.yaml (and checkpoints/) in the output.
+
+    Args:
+        settings: see TrainSettings.
+        resume: go on from the newest complete checkpoint in the output.
+        overwrite: replace an output that exists.
+
+    Raises:
+        UserError: anything in the input that stands in the way, or a loss or gradient that is not finite.
+    """
+    start, output = time.perf_counter(), Path(settings.output)
+    checkpoint_folder = _resume_point(output) if resume else None
+    if not resume:
+        require_free(output, overwrite)
+    placement = place(settings)
+    checkpoint = open_checkpoint(settings.model)
+    require_whole(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    records, held_out = _read_both(tokenizer, settings)
+    set_seed(settings.seed)
+    model = trainable_model(checkpoint, settings, placement)
+    kind = SftTask if settings.task == "sft" else DpoTask
+    task: Task = kind(settings, model, placement, tokenizer.pad_token_id or 0, records, held_out)
+    before = task.score()
+    _prepare_output(output, settings, fresh=not resume)
+    clock = StepClock()
+    trainer = _make_trainer(task, settings, placement, output, clock)
+    _run(trainer, checkpoint_folder)
+    after = task.score()
+    save_adapter(model, checkpoint, settings.model, output / "adapter", overwrite=resume)
+    memory, memory_of = peak_memory()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    report = TrainReport(
+        task=settings.task,
+        output=str(output),
+        steps=trainer.state.global_step,
+        records=len(records.items),
+        skipped=records.skipped,
+        cut=records.cut,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        seconds=time.perf_counter() - start,
+        step_seconds=median(clock.seconds),
+        peak_memory=memory,
+        peak_memory_of=memory_of,
+        eval_before=before,
+        eval_after=after,
+        environment=environment(),
+    )
+    write_json(output / "report.json", report.to_json())
+    return report
+
+
+def _resume_point(output: Path) -> Path:
+    found = last_checkpoint(output / "checkpoints")
+    if found is None:
+        raise UserError(
+            f"{output}: no complete checkpoint to resume from", "Start without --resume, with --save-steps above 0"
+        )
+    return found
+
+
+def _read_both(tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> tuple[Records, Records | None]:
+    records = read_records(tokenizer, Path(settings.data), settings)
+    held_out = read_records(tokenizer, Path(settings.eval_data), settings) if settings.eval_data else None
+    if records.cut:
+        remark(f"note: {records.cut} of {len(records.items)} records are cut at {settings.max_length} tokens")
+    if records.skipped:
+        remark(f"note: {records.skipped} records are left out: nothing of their answer fits")
+    return records, held_out
+
+
+def _prepare_output(output: Path, settings: TrainSettings, fresh: bool) -> None:
+    if fresh and output.exists():
+        shutil.rmtree(output)
+    output.mkdir(exist_ok=True)
+    text = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
+    (output / "settings.yaml").write_text(text, encoding="utf-8")
+
+
+def _make_trainer(
+    task: Task, settings: TrainSettings, placement: Placement, output: Path, clock: StepClock
+) -> GuardedTrainer:
+    callbacks = [MetricsFile(output / "metrics.jsonl"), ProgressBar(), clock]
+    trainer = task.trainer(args=_arguments(settings, placement, output), callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)  # ours shows the same figures, on stderr
+    return trainer
+
+
+def _arguments(settings: TrainSettings, placement: Placement, output: Path) -> TrainingArguments:
+    # transformers renamed gradient to activation checkpointing between 5.17 and 5.23 and warns about the old name.
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    options: dict[str, Any] = {
+        checkpointing: settings.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False},
+        "max_steps": settings.max_steps or -1,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
+    }
+    return TrainingArguments(
+        output_dir=str(output / "checkpoints"),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=placement.dtype == "bfloat16",
+        use_cpu=placement.device == "cpu",
+        seed=settings.seed,
+        logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # a loss that is not finite stops the run; it is never averaged away
+        save_total_limit=settings.save_total_limit,
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=placement.device == "cuda",
+        **options,
+    )
+
+
+def _run(trainer: GuardedTrainer, checkpoint_folder: Path | None) -> None:
+    """The Trainer's loop; the bar is taken away also when it stops half-way."""
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint_folder) if checkpoint_folder else None)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressBar):
+                callback.close()

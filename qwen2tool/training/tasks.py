@@ -1,0 +1,101 @@
+"""SFT and DPO as what `run` needs of a task: a data set, a trainer over it, a score on held-out records.
+
+Both are made before the first step, which is when DPO takes its reference log-probs: once a run, with dropout off.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from qwen2tool.training.batches import DpoCollator, SampleDataset, SftCollator
+from qwen2tool.training.dataset import Records
+from qwen2tool.training.evaluate import DpoScore, SftScore, dpo_score, pair_log_probs, sft_score
+from qwen2tool.training.model import Placement
+from qwen2tool.training.settings import TrainSettings
+from qwen2tool.training.trainer import DpoTrainer, GuardedTrainer, SftTrainer
+
+Score = SftScore | DpoScore
+
+
+class Task(Protocol):
+    """What a run trains on and how it is judged."""
+
+    def trainer(self, **options: Any) -> GuardedTrainer:
+        """The trainer over the training records; `options` are those of transformers.Trainer."""
+        ...
+
+    def score(self) -> Score | None:
+        """The model as it stands on the held-out records, None without any."""
+        ...
+
+
+class SftTask:
+    """Supervised fine-tuning: samples in, mean NLL out."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: Any,
+        placement: Placement,
+        pad_id: int,
+        train: Records,
+        held_out: Records | None,
+    ) -> None:
+        self._settings, self._model, self._placement, self._pad_id = settings, model, placement, pad_id
+        self._train, self._held_out = train, held_out
+
+    def trainer(self, **options: Any) -> GuardedTrainer:
+        """See Task."""
+        return SftTrainer(
+            places=self._train.places,
+            model=self._model,
+            train_dataset=SampleDataset(self._train.items),
+            data_collator=SftCollator(self._pad_id),
+            **options,
+        )
+
+    def score(self) -> Score | None:
+        """See Task."""
+        if self._held_out is None:
+            return None
+        return sft_score(self._model, self._held_out.items, self._pad_id, self._placement, self._settings.batch_size)
+
+
+class DpoTask:
+    """Preference tuning: pairs in, rewards against the reference out."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        model: Any,
+        placement: Placement,
+        pad_id: int,
+        train: Records,
+        held_out: Records | None,
+    ) -> None:
+        self._settings, self._model, self._placement, self._pad_id = settings, model, placement, pad_id
+        self._train, self._held_out = train, held_out
+        self._train_reference = self._log_probs(train)
+        self._held_out_reference = self._log_probs(held_out) if held_out else []
+
+    def _log_probs(self, records: Records) -> list[tuple[float, float]]:
+        return pair_log_probs(self._model, records.items, self._pad_id, self._placement, self._settings.batch_size)
+
+    def trainer(self, **options: Any) -> GuardedTrainer:
+        """See Task."""
+        pairs = [(*pair, *logs) for pair, logs in zip(self._train.items, self._train_reference, strict=True)]
+        return DpoTrainer(
+            beta=self._settings.beta,
+            places=self._train.places,
+            model=self._model,
+            train_dataset=SampleDataset(pairs),
+            data_collator=DpoCollator(self._pad_id),
+            **options,
+        )
+
+    def score(self) -> Score | None:
+        """See Task."""
+        if self._held_out is None:
+            return None
+        policy = self._log_probs(self._held_out)
+        return dpo_score(policy, self._held_out_reference, self._held_out.items, self._settings.beta)
