@@ -160,8 +160,8 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge a LoRA adapter into its base, tensor by tensor; untouched tensors stay byte-identical."""
+    from qwen2tool.merge.report import print_report
     from qwen2tool.merge.run import merge as run
-    from qwen2tool.merge.run import print_report
 
     report = run(
         base,

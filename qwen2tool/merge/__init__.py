@@ -1,0 +1,1 @@
+"""A LoRA adapter into its base: plan and check before the first byte, then one tensor at a time."""
