@@ -35,7 +35,14 @@ SFT = {
     "scheduler": "cosine",
     "max_length": 512,
 }
-DPO = {"learning_rate": 5e-4, "epochs": 6, "batch_size": 8, "gradient_accumulation": 1, "beta": 0.1, "max_length": 512}
+DPO = {
+    "learning_rate": 1.5e-4,
+    "epochs": 6,
+    "batch_size": 8,
+    "gradient_accumulation": 1,
+    "beta": 0.1,
+    "max_length": 512,
+}
 """Chosen for a model of two million parameters and a few hundred short records."""
 HUB_NAME = "your-name/tiny-qwen2-demo"
 
@@ -82,6 +89,7 @@ class _Demo:
         self.folder, self.base, self.base_name = folder, base, base_name
         self.merged, self.broken = folder / "merged", folder / "without-biases"
         self.reports: dict[str, Any] = {}
+        self.accepted: set[str] = set()
         self.refused: dict[str, str | None] = {}
 
     def write_data(self) -> None:
@@ -97,8 +105,9 @@ class _Demo:
         from qwen2tool.checkpoint.report import inspect_checkpoint
         from qwen2tool.checkpoint.show import print_report
 
-        self.reports["inspect"] = report = inspect_checkpoint(self.base, values=True)
+        report = inspect_checkpoint(self.base, values=True)
         print_report(report)
+        self.accepted |= {"inspect"} if report.exit_code == 0 else set()
 
     def sft(self) -> None:
         """The adapter's first half."""
@@ -120,6 +129,7 @@ class _Demo:
         names = {"task": task, "model": self.base_name, "output": str(self.folder / task)}
         self.reports[task] = report = train(load_settings(None, options | files | names))
         print_report(report)
+        self.accepted.add("train")
 
     @property
     def adapter(self) -> Path:
@@ -131,6 +141,7 @@ class _Demo:
         from qwen2tool.merge.run import merge
 
         print_report(merge(self.base, self.adapter, self.merged))
+        self.accepted.add("merge")
 
     def verify(self) -> None:
         """The merged model against base + adapter."""
@@ -152,6 +163,7 @@ class _Demo:
         from qwen2tool.hub.show import print_plan
 
         print_plan(plan_push(self.merged, HUB_NAME))
+        self.accepted.add("push")
 
     def damage(self) -> None:
         """The broken copy before every command."""
@@ -159,7 +171,7 @@ class _Demo:
         say(f"{self.broken}: {lost} bias tensors dropped")
         self.refused = {name: _refusal(attempt) for name, attempt in self._attempts().items()}
         for name, reason in self.refused.items():
-            say(f"{name}: refused: {reason}" if reason else f"{name}: LET THROUGH")
+            say(f"{name}: {'refused: ' + reason if reason else 'accepted, which it must not be'}")
         self.reports["broken"] = self._verify(self.broken)
 
     def _attempts(self) -> dict[str, Callable[[], Any]]:
@@ -191,29 +203,35 @@ class _Demo:
     def sound(self) -> bool:
         """Whether the good model passed everything and the broken one nothing."""
         good, broken = self.reports["merged"], self.reports["broken"]
-        return bool(good.verdict == "equivalent" and broken.verdict == "different" and all(self.refused.values()))
+        refused = all(self.refused.values()) and broken.verdict == "different"
+        return bool(refused and good.verdict == "equivalent" and self.accepted == set(self.refused))
 
     def print_closing_table(self) -> None:
         sft, dpo = self.reports["sft"], self.reports["dpo"]
         rows: list[tuple[object, ...]] = [
             ("SFT loss, first and last step", sft.first_loss, sft.last_loss),
-            ("perplexity on held-out instructions", sft.eval_before.perplexity, sft.eval_after.perplexity),
-            ("DPO reward accuracy on held-out pairs", dpo.eval_before.accuracy, dpo.eval_after.accuracy),
-            ("DPO reward margin on held-out pairs", dpo.eval_before.margin, dpo.eval_after.margin),
+            ("perplexity on held-out instructions (SFT)", sft.eval_before.perplexity, sft.eval_after.perplexity),
+            ("reward accuracy on held-out pairs (DPO)", dpo.eval_before.accuracy, dpo.eval_after.accuracy),
+            ("reward margin on held-out pairs (DPO)", dpo.eval_before.margin, dpo.eval_after.margin),
         ]
         say("")
         print_table("Training", ("", "before", "after"), rows)
         say("")
-        columns = ("against base + adapter", "merged", "without q/k/v biases")
-        print_table("Equivalence", columns, [*self._equivalence_rows(), *self._refusal_rows()])
+        print_table("Proof", ("", "whole model", "without q/k/v biases"), self._proof_rows())
         say(f"\nEverything is in {self.folder}/")
 
-    def _equivalence_rows(self) -> list[tuple[object, ...]]:
-        good, broken = self.reports["merged"], self.reports["broken"]
-        return [("verdict of verify-equivalence", good.verdict, broken.verdict)]
-
-    def _refusal_rows(self) -> list[tuple[object, ...]]:
-        return [(name, "accepted", "refused" if reason else "LET THROUGH") for name, reason in self.refused.items()]
+    def _proof_rows(self) -> list[tuple[object, ...]]:
+        both = self.reports["merged"], self.reports["broken"]
+        figures = [report.figures for report in both]
+        rows: list[tuple[object, ...]] = [
+            ("merged against base + adapter: verdict", *(report.verdict for report in both)),
+            ("mean KLD", *(f.kld_mean for f in figures)),
+            ("same top-1 token", *(f"{f.same_top:.1%}" for f in figures)),
+            ("perplexity", *(f.ppl_candidate for f in figures)),
+        ]
+        words = {True: "accepted", False: "refused"}
+        rows += [(name, words[name in self.accepted], words[reason is None]) for name, reason in self.refused.items()]
+        return rows
 
 
 def _refusal(attempt: Callable[[], Any]) -> str | None:

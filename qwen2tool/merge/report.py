@@ -22,11 +22,15 @@ class Survival(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """Counts of tensors, the survival of each merged weight, seconds, and peak resident bytes of the process."""
+    """Counts of tensors, the survival of each merged weight, seconds, and peak resident bytes of the process.
+
+    `byte_identical` says that the tensors without an update were copied as they are (no other dtype was asked for).
+    """
 
     output: str
     merged_tensors: int
     untouched_tensors: int
+    byte_identical: bool
     survival: dict[str, Survival]
     side_files: tuple[str, ...]
     notes: tuple[str, ...]
@@ -54,8 +58,9 @@ def print_report(report: MergeReport) -> None:
     """The figures a user looks for first."""
     say(f"merged: {report.output}")
     median, worst = report.median_survival, report.survival[report.worst]
+    untouched = "byte-identical" if report.byte_identical else "converted to the chosen dtype"
     rows = [
-        ("tensors", f"{report.merged_tensors} merged, {report.untouched_tensors} untouched (byte-identical)"),
+        ("tensors", f"{report.merged_tensors} merged, {report.untouched_tensors} others {untouched}"),
         (
             "update lost to rounding",
             f"{median.relative_error:.2%} (median), {worst.relative_error:.2%} in {report.worst}",

@@ -1,7 +1,8 @@
 """Merging, tensor by tensor: W' = round(W + scaling * B A), computed in fp32 with one rounding at the end.
 
 Peak memory is the largest tensor in its own dtype and a few blocks of rows in fp32, whatever the size of the model.
-What no pair touches is copied byte for byte. Byte-identical to PEFT's `merge_and_unload` for plain LoRA with fp32 adapters.
+What no pair touches is copied byte for byte. The result is byte-identical to PEFT's `merge_and_unload` for plain LoRA
+with fp32 adapters.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from qwen2tool import __version__
 from qwen2tool.checkpoint.adapter import LoraPair, fingerprint
-from qwen2tool.checkpoint.folder import INDEX_NAME
+from qwen2tool.checkpoint.folder import HUB_ID, INDEX_NAME
 from qwen2tool.checkpoint.geometry import Config, with_both_spellings
 from qwen2tool.checkpoint.reader import TORCH_DTYPE, copy_tensor, read_tensor, write_tensor
 from qwen2tool.checkpoint.writer import (
@@ -76,6 +77,7 @@ def merge(
         output=str(out),
         merged_tensors=len(survival),
         untouched_tensors=len(plan.base.tensors) - len(survival),
+        byte_identical=dtype == "keep",
         survival=survival,
         side_files=tuple(copied),
         notes=plan.notes,
@@ -148,11 +150,16 @@ def _config(plan: MergePlan, dtype: MergeDtype) -> Config:
     return edited
 
 
+def _portable_name(name: str) -> str:
+    """A Hub id as it is, of a local path only the last part."""
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
+
+
 def _provenance(plan: MergePlan) -> dict[str, object]:
     """What the output was made of; names only, since paths of one machine mean nothing on another."""
     scalings = sorted({pair.scaling for pair in plan.pairs.values()})
     return {
-        "base_model": str(plan.adapter.config.get("base_model_name_or_path") or plan.base.path.name),
+        "base_model": _portable_name(str(plan.adapter.config.get("base_model_name_or_path") or plan.base.path)),
         "base_fingerprint": fingerprint(plan.base),
         "merged_onto": "16-bit",
         "adapter": plan.adapter.path.name,

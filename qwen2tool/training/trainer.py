@@ -80,8 +80,8 @@ class SftTrainer(GuardedTrainer):
         """Sum over this batch's scored tokens / scored tokens of all batches (and processes) of the step."""
         scored = score(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         # Gradients are averaged over processes; the count is already the sum over them.
-        processes: int = self.accelerator.num_processes
-        return sum_nll(scored) / num_items_in_batch * processes
+        loss: torch.Tensor = sum_nll(scored) / num_items_in_batch * self.accelerator.num_processes
+        return loss
 
 
 class DpoTrainer(GuardedTrainer):

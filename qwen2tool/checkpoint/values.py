@@ -1,0 +1,151 @@
+"""What the tensors of a checkpoint hold: norms, extremes, zeros, NaN and Inf, each tensor read once.
+
+Headers cannot tell a trained bias from the zeros that a reader filled in, nor a good matrix from a hole in a broken
+download. Costs one pass over the files in pieces of 16 MB; nothing larger is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import fsum, isfinite, sqrt
+from typing import TYPE_CHECKING, Any
+
+from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.header import TensorInfo
+from qwen2tool.checkpoint.inventory import BIAS_NAME, QKV
+from qwen2tool.console import Advance, progress
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+"""Packed weights of quantised formats are integers, whose norms mean nothing."""
+FP16_MAX = 65504.0
+SAFE_TO_SQUARE = 1e15
+"""Sums of squares of larger numbers can leave fp32's range."""
+WORST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Of one tensor: `l2` and `max_abs` over its finite entries, counts of exact zeros, NaN and Inf."""
+
+    numel: int
+    l2: float
+    max_abs: float
+    zeros: int
+    nan: int
+    inf: int
+
+    @property
+    def zero_fraction(self) -> float:
+        return self.zeros / self.numel if self.numel else 0.0
+
+    @property
+    def all_zero(self) -> bool:
+        return 0 < self.numel == self.zeros
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "l2": self.l2,
+            "max_abs": self.max_abs,
+            "zero_fraction": self.zero_fraction,
+            "nan": self.nan,
+            "inf": self.inf,
+        }
+
+
+def measure(checkpoint: Checkpoint) -> dict[str, Stats]:
+    """Name -> statistics of every floating-point tensor, with a progress bar in bytes.
+
+    Raises:
+        UserError: a file ends inside a tensor.
+    """
+    infos = [info for info in checkpoint.tensors.values() if info.dtype in FLOATS]
+    with progress("reading", sum(info.nbytes for info in infos)) as advance:
+        return {info.name: measure_tensor(info, advance) for info in infos}
+
+
+def measure_tensor(info: TensorInfo, advance: Advance | None = None) -> Stats:
+    """The statistics of one tensor; squares are summed in fp32 within a piece and in double across pieces."""
+    import torch
+
+    from qwen2tool.checkpoint.reader import TORCH_DTYPE, raw_chunks
+
+    squares, largest, zeros, nan, inf = [0.0], 0.0, 0, 0, 0
+    for piece in raw_chunks(info):
+        x = torch.frombuffer(bytearray(piece), dtype=TORCH_DTYPE[info.dtype])
+        x = x if info.dtype == "F64" else x.float()
+        top = _largest(x)
+        if not isfinite(top):
+            nan += int(x.isnan().sum())
+            inf += int(x.isinf().sum())
+            x = x[x.isfinite()]
+            top = _largest(x)
+        zeros += x.numel() - int(x.count_nonzero())
+        squares.append(float(torch.linalg.vector_norm(x if top < SAFE_TO_SQUARE else x.double())) ** 2)
+        largest = max(largest, top)
+        if advance is not None:
+            advance(len(piece))
+    return Stats(numel=info.numel, l2=sqrt(fsum(squares)), max_abs=largest, zeros=zeros, nan=nan, inf=inf)
+
+
+def _largest(x: torch.Tensor) -> float:
+    """Largest magnitude in one pass; NaN where there is any."""
+    if x.numel() == 0:
+        return 0.0
+    low, high = x.aminmax()
+    return max(abs(float(low)), abs(float(high)))
+
+
+def same_data(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are equal byte for byte."""
+    from qwen2tool.checkpoint.reader import raw_chunks
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(raw_chunks(one), raw_chunks(other), strict=True))
+
+
+def summarise(stats: Mapping[str, Stats]) -> dict[str, Any]:
+    """The `values` section of a report; see `report` for its keys."""
+    matrices = {name: s for name, s in stats.items() if not name.endswith(("bias", "norm.weight"))}
+    worst = sorted(matrices, key=lambda name: (-matrices[name].nan - matrices[name].inf, -matrices[name].max_abs))
+    return {
+        "biases": _bias_table(stats),
+        "matrices": _total(matrices.values()).to_json()
+        | {"count": len(matrices), "worst": [{"name": name} | matrices[name].to_json() for name in worst[:WORST]]},
+        "not_finite": [name for name, s in stats.items() if s.nan or s.inf],
+        "beyond_fp16": [name for name, s in stats.items() if s.max_abs > FP16_MAX],
+        "zero_biases": [name for name, s in stats.items() if s.all_zero and is_qkv_bias(name)],
+        "zero_weights": [name for name, s in stats.items() if s.all_zero and name.endswith(".weight")],
+    }
+
+
+def _bias_table(stats: Mapping[str, Stats]) -> dict[str, dict[str, dict[str, Any]]]:
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in filter(is_qkv_bias, stats):
+        match = BIAS_NAME.fullmatch(name)
+        assert match is not None
+        table.setdefault(match[1], {})[match[2]] = stats[name].to_json()
+    return {layer: table[layer] for layer in sorted(table, key=int)}
+
+
+def is_qkv_bias(name: str) -> bool:
+    """Whether `name` is one of the three biases that every Qwen2 layer has."""
+    match = BIAS_NAME.fullmatch(name)
+    return match is not None and match[2] in QKV
+
+
+def _total(stats: Iterable[Stats]) -> Stats:
+    """Several tensors as if they were one."""
+    every = list(stats)
+    return Stats(
+        numel=sum(s.numel for s in every),
+        l2=sqrt(fsum(s.l2**2 for s in every)),
+        max_abs=max((s.max_abs for s in every), default=0.0),
+        zeros=sum(s.zeros for s in every),
+        nan=sum(s.nan for s in every),
+        inf=sum(s.inf for s in every),
+    )
