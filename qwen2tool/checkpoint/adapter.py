@@ -1,9 +1,9 @@
 """A PEFT LoRA adapter as files: its pairs, their scaling, and whether they fit a base.
 
 Maths (Hu et al. 2021, arXiv 2106.09685; names and scaling as PEFT writes them): W' = W + s B A with A (rank, in),
-B (out, rank), s = alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). Rank and alpha
-may differ by module (`rank_pattern`, `alpha_pattern`): the key is a regular expression that must match the end of the
-module's name. Whatever else an adapter may hold is refused by name: merging a part of it would be silently wrong.
+B (out, rank), s = alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). Rank and
+alpha may differ by module (`rank_pattern`, `alpha_pattern`): the key is a regular expression that must match the end of
+the module's name. Whatever else an adapter may hold is refused by name: merging a part of it would be silently wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,16 @@ REFUSED_KEYS = (
     "use_qalora",
     "corda_config",
     "arrow_config",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "lora_ga_config",
 )
 """Settings of PEFT's LoraConfig that change what a merge must do."""
+HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""`init_lora_weights` that leave the base alone; the others (PiSSA, OLoRA, LoftQ ...) trained beside a changed base."""
+MATRIX_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,8 @@ def open_adapter(path: Path) -> Adapter:
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, info in read_header(path / ADAPTER_FILE).tensors.items():
         match = PART.fullmatch(name.removeprefix(PREFIX))
-        if match is None or not name.startswith(PREFIX) or len(info.shape) != 2:
+        known = match is not None and name.startswith(PREFIX) and len(info.shape) == 2
+        if match is None or not known or info.dtype not in MATRIX_DTYPES:
             raise UserError(
                 f"{path / ADAPTER_FILE}: {name} is no LoRA A or B matrix",
                 "Merge it with the tool that made it: this is no plain LoRA",
@@ -108,6 +117,12 @@ def _refuse_other_methods(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{where}: {key} is set", remedy)
     if config.get("bias", "none") != "none":
         raise UserError(f"{where}: bias is {config['bias']!r}: this adapter trained the base's biases", remedy)
+    if config.get("init_lora_weights") not in HARMLESS_STARTS:
+        start = ascii(config["init_lora_weights"])[:40]
+        raise UserError(
+            f"{where}: init_lora_weights is {start}: this adapter was trained beside a changed base",
+            "Convert it to plain LoRA when saving (PEFT's path_initial_model_for_weight_conversion)",
+        )
     if config.get("fan_in_fan_out"):
         raise UserError(f"{where}: fan_in_fan_out is set, which no Qwen2 layer needs", remedy)
 
@@ -119,8 +134,8 @@ def _pair(path: Path, config: dict[str, Any], module: str, sides: dict[str, Tens
             f"{path / ADAPTER_FILE}: {module} has no lora_{missing}", "The adapter is incomplete: copy it again"
         )
     a, b = sides["A"], sides["B"]
-    rank = int(by_pattern(config.get("rank_pattern"), module, config["r"]))
-    alpha = float(by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    rank = _setting(path, module, config, "r", "rank_pattern")
+    alpha = _setting(path, module, config, "lora_alpha", "alpha_pattern")
     if a.shape[0] != rank or b.shape[1] != rank:
         raise UserError(
             f"{path / ADAPTER_FILE}: {module} has rank {a.shape[0]} and {b.shape[1]}, {ADAPTER_CONFIG} says {rank}",
@@ -128,6 +143,20 @@ def _pair(path: Path, config: dict[str, Any], module: str, sides: dict[str, Tens
         )
     scaling = alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraPair(module=module, a=a, b=b, scaling=scaling)
+
+
+def _setting(path: Path, module: str, config: dict[str, Any], key: str, patterns: str) -> float:
+    """Rank or alpha of one module; PEFT writes both, so that an absent one is a damaged file and no default."""
+    try:
+        value = by_pattern(config.get(patterns), module, config.get(key))
+    except (AttributeError, TypeError, re.error):
+        value = config.get(patterns)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+        raise UserError(
+            f"{path / ADAPTER_CONFIG}: {key} of {module} is {ascii(value)[:40]}, not a positive number",
+            "Copy the adapter again from where it came from",
+        )
+    return value
 
 
 def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
@@ -151,9 +180,11 @@ def require_fit(adapter: Adapter, base: Checkpoint, allow_other_base: bool = Fal
                 f"{adapter.path}: adapts {module}, which {base.path} does not have",
                 "Use the base that the adapter was trained on",
             )
-        if (pair.b.shape[0], pair.a.shape[1]) != weight.shape:
+        adapted = (pair.b.shape[0], pair.a.shape[1])
+        if adapted != weight.shape:
             raise UserError(
-                f"{adapter.path}: {module} is for a weight of shape {[pair.b.shape[0], pair.a.shape[1]]}, {base.path} has {list(weight.shape)}",
+                f"{adapter.path}: {module} is for a weight of shape {list(adapted)}, {base.path} has "
+                f"{list(weight.shape)}",
                 "Use the base that the adapter was trained on",
             )
         if module.endswith("embed_tokens") or (module == "lm_head" and base.geometry.tie_word_embeddings):
@@ -162,8 +193,9 @@ def require_fit(adapter: Adapter, base: Checkpoint, allow_other_base: bool = Fal
                 "Train the adapter on the linear layers only",
             )
     if adapter.base_fingerprint and not allow_other_base and adapter.base_fingerprint != fingerprint(base):
+        trained_on = adapter.config.get("base_model_name_or_path")
         raise UserError(
-            f"{adapter.path}: was trained on another base ({adapter.config.get('base_model_name_or_path')}) than {base.path}",
+            f"{adapter.path}: was trained on another base ({trained_on}) than {base.path}",
             "Use that base, or pass --allow-other-base if the two are meant to differ",
         )
 

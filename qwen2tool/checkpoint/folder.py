@@ -47,7 +47,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     if not HUB_ID.fullmatch(str(name)):
         raise UserError(f"{name}: no such file or folder", "Check the path, or name a Hub model as owner/name")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -55,9 +55,10 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
                 str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(
-            f"{name}: no such folder here, and the Hub gave no such model ({str(error).splitlines()[0][:120]})",
+            f"{name}: no such folder here, and the Hub gave no such model ({reason})",
             "Check the spelling, your network and, for a gated model, `hf auth login`",
         ) from None
 
@@ -105,9 +106,15 @@ def _read_indexed(path: Path, index: dict[str, object]) -> tuple[tuple[Path, ...
     ):
         raise UserError(f"{path / INDEX_NAME}: no usable weight_map", "Copy the index again from where it came from")
     shards = tuple(path / name for name in sorted(set(weight_map.values())))
+    present = {file.name for file in path.iterdir() if file.is_file()}
+    if SINGLE_NAME in present and shards != (path / SINGLE_NAME,):
+        raise UserError(
+            f"{path}: holds {SINGLE_NAME} and an index of other shards; transformers would read the former only",
+            "Move away the one that does not belong to this checkpoint",
+        )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        if not shard.is_file():
+        if shard.name not in present:
             first = next(name for name, file in weight_map.items() if file == shard.name)
             raise UserError(
                 f"{path / INDEX_NAME}: names shard {shard.name} (for {first}), which is not there",

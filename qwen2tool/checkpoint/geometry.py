@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from qwen2tool.errors import UserError
 Config = dict[str, Any]
 LLAMA_THETA = 10000.0
 """What readers assume where a config names no RoPE base."""
+MOST = 1 << 31
+MOST_LAYERS = 10_000
+"""Beyond any model; a larger number is a damaged file, and counting up to it would never end."""
 FULL_CONFIG = "Copy config.json again from where the checkpoint came from"
 
 
@@ -78,7 +82,7 @@ def geometry(config: Config) -> Geometry:
         UserError: a key that fixes a shape is missing or no positive integer.
     """
     hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
-    layers = _positive(config, "num_hidden_layers")
+    layers = _positive(config, "num_hidden_layers", most=MOST_LAYERS)
     theta, scaling = effective_rope(config)
     return Geometry(
         model_type=str(config.get("model_type")),
@@ -90,55 +94,96 @@ def geometry(config: Config) -> Geometry:
         head_dim=_positive(config, "head_dim", max(1, hidden // heads)),
         vocab_size=_positive(config, "vocab_size"),
         max_position_embeddings=_positive(config, "max_position_embeddings", 32768),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=config.get("model_type") == "qwen2" or bool(config.get("attention_bias", False)),
         sliding_window=config.get("sliding_window"),
         sliding_layers=sliding_layers(config, layers),
-        dtype=config.get("dtype") or config.get("torch_dtype"),
-        quantization=config.get("quantization_config"),
+        dtype=_dtype(config),
+        quantization=_section(config, "quantization_config") if "quantization_config" in config else None,
     )
 
 
-def _positive(config: Config, key: str, default: int | None = None) -> int:
+def _positive(config: Config, key: str, default: int | None = None, most: int = MOST) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if type(value) is not int or value < 1:
-        raise UserError(f"config.json: {key} is {value!r}, not a positive whole number", FULL_CONFIG)
+    if type(value) is not int or not 1 <= value <= most:
+        raise UserError(f"config.json: {key} is {ascii(value)[:40]}, not a whole number from 1 to {most}", FULL_CONFIG)
+    return value
+
+
+def _number(config: Config, key: str, default: float) -> float:
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+        raise UserError(f"config.json: {key} is {ascii(value)[:40]}, not a positive number", FULL_CONFIG)
+    return float(value)
+
+
+def _section(config: Config, key: str) -> dict[str, Any] | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"config.json: {key} is {ascii(value)[:40]}, not an object", FULL_CONFIG)
+    return value
+
+
+def _dtype(config: Config) -> str | None:
+    value = config.get("dtype") or config.get("torch_dtype")
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"config.json: dtype is {ascii(value)[:40]}, not a name", FULL_CONFIG)
     return value
 
 
 def effective_rope(config: Config) -> tuple[float, dict[str, Any] | None]:
-    """RoPE base and scaling as the newest reader takes them: `rope_parameters` first, then the older spelling."""
-    new = config.get("rope_parameters") or {}
-    theta = float(new.get("rope_theta") or config.get("rope_theta") or LLAMA_THETA)
-    scaling = new if new else config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    extra = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
-    return theta, ({"rope_type": kind, **extra} if kind != "default" else None)
+    """RoPE base and scaling as transformers 5 takes them: a `rope_scaling` that is set replaces `rope_parameters`.
+
+    Raises:
+        UserError: one of the keys is of another type.
+    """
+    scaling = _section(config, "rope_scaling") or _section(config, "rope_parameters") or {}
+    theta = _number(scaling, "rope_theta", _number(config, "rope_theta", LLAMA_THETA))
+    return theta, _scaling(scaling)
+
+
+def _scaling(section: dict[str, Any]) -> dict[str, Any] | None:
+    """What scales the RoPE in a section of either spelling; None for the plain RoPE."""
+    kind = section.get("rope_type") or section.get("type") or "default"
+    extra = {key: value for key, value in section.items() if key not in ("rope_theta", "rope_type", "type")}
+    return {"rope_type": kind, **extra} if kind != "default" else None
 
 
 def rope_disagreement(config: Config) -> str | None:
-    """A sentence where readers of the two generations would take different RoPE bases, else None."""
-    new, old = (config.get("rope_parameters") or {}).get("rope_theta"), config.get("rope_theta")
-    if new is not None and old is None:
-        return f"rope_theta stands only in rope_parameters ({new:g}): transformers 4 will read {LLAMA_THETA:g}"
-    if new is not None and old is not None and float(new) != float(old):
-        return f"rope_theta is {old:g} but rope_parameters says {new:g}: readers will disagree"
+    """A sentence where readers of the two generations would take different RoPE bases or scalings, else None."""
+    section, scaling = _section(config, "rope_parameters") or {}, _section(config, "rope_scaling") or {}
+    if section.get("rope_theta") is not None:
+        new = _number(section, "rope_theta", LLAMA_THETA)
+        if config.get("rope_theta") is None:
+            return f"rope_theta stands only in rope_parameters ({new:g}): transformers 4 will read {LLAMA_THETA:g}"
+        old = _number(config, "rope_theta", LLAMA_THETA)
+        if new != old:
+            return f"rope_theta is {old:g} but rope_parameters says {new:g}: readers will disagree"
+    if section and scaling and _scaling(section) != _scaling(scaling):
+        return "rope_scaling and rope_parameters scale differently: readers will disagree"
+    if _scaling(section) and not scaling:
+        return "scaling stands only in rope_parameters: transformers 4 will not scale"
     return None
 
 
 def sliding_layers(config: Config, layers: int) -> tuple[int, ...]:
-    """Layers that attend through a window: `layer_types` where given, else transformers' rule (i >= max_window_layers)."""
+    """Layers that attend through a window: `layer_types` where given, else transformers' i >= max_window_layers."""
     types = config.get("layer_types")
     if isinstance(types, list):
         return tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return ()
-    return tuple(range(int(config.get("max_window_layers", 28)), layers))
+    first = config.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise UserError(f"config.json: max_window_layers is {ascii(first)[:40]}, not a whole number", FULL_CONFIG)
+    return tuple(range(max(0, first), layers))
 
 
 def expected_tensors(shape: Geometry) -> dict[str, tuple[int, ...]]:
@@ -178,6 +223,8 @@ def with_both_spellings(config: Config) -> Config:
     edited["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
     if scaling:
         edited["rope_scaling"] = {**scaling, "type": scaling["rope_type"]}
+    elif edited.get("rope_scaling"):
+        edited["rope_scaling"] = None  # says "default", which no reader needs and which hides rope_parameters
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype:
         edited["dtype"] = edited["torch_dtype"] = dtype

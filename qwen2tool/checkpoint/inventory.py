@@ -1,7 +1,7 @@
 """What a checkpoint has against what its architecture needs, with the biases counted one by one.
 
-transformers fills a missing bias with zeros and goes on; a model that lost them answers gibberish. Here a missing one is
-named. Source of the names and shapes: `geometry.expected_tensors`.
+transformers fills a missing bias with zeros and goes on; a model that lost them answers gibberish. Here a missing one
+is named. Source of the names and shapes: `geometry.expected_tensors`.
 """
 
 from __future__ import annotations

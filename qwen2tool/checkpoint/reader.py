@@ -6,11 +6,12 @@ Peak memory of everything built on this is its largest tensor, not its checkpoin
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 import torch
 
-from qwen2tool.checkpoint.header import TensorInfo
+from qwen2tool.checkpoint.header import ITEM_BYTES, TensorInfo
 from qwen2tool.errors import UserError
 
 TORCH_DTYPE = {
@@ -18,17 +19,25 @@ TORCH_DTYPE = {
     "U8": torch.uint8,
     "I8": torch.int8,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "I64": torch.int64,
+    "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "C64": torch.complex64,
 }
 DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 CHUNK_BYTES = 1 << 24
+MIN_ROWS = 64
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
@@ -50,6 +59,25 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
         if handle.readinto(data) != info.nbytes:
             raise UserError(f"{info.file}: ends inside tensor {info.name}", "Copy the file again: it is damaged")
     return torch.frombuffer(data, dtype=TORCH_DTYPE[info.dtype]).view(info.shape)
+
+
+def row_blocks(info: TensorInfo, max_elements: int) -> Iterator[tuple[slice, TensorInfo]]:
+    """A matrix as consecutive blocks of whole rows, of about equal height and at most `max_elements` each.
+
+    Yields the rows and a `TensorInfo` of just them, so that a matrix can be worked on without being in memory whole.
+    No block has fewer than `MIN_ROWS` rows, whatever its size: BLAS sums in another order for a handful of rows, and
+    the product of a block would no longer be the block of the product. A tensor of another rank is one block.
+    """
+    if len(info.shape) != 2 or info.numel == 0:
+        yield slice(None), info
+        return
+    height, width = info.shape
+    count = max(1, min(-(-info.numel // max_elements), height // MIN_ROWS))
+    row_bytes = width * ITEM_BYTES[info.dtype]
+    for block in range(count):
+        first, last = height * block // count, height * (block + 1) // count
+        start, end = info.start + first * row_bytes, info.start + last * row_bytes
+        yield slice(first, last), replace(info, shape=(last - first, width), start=start, end=end)
 
 
 def raw_chunks(info: TensorInfo, limit: int | None = None) -> Iterator[bytes]:

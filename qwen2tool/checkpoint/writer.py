@@ -7,6 +7,7 @@ there or is complete. safetensors puts all offsets first, so a shard is written 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -54,8 +55,10 @@ def require_free(target: Path, overwrite: bool) -> None:
     """Passes where `target` may be written.
 
     Raises:
-        UserError: it exists and `overwrite` is off, or the folder above it is missing.
+        UserError: it exists and `overwrite` is off, it is a file or a link, or the folder above it is missing.
     """
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target}: is no folder that could be replaced", "Choose another output")
     if target.exists() and not overwrite:
         raise UserError(f"{target}: already exists", "Choose another output, or pass --overwrite")
     if not target.absolute().parent.is_dir():
@@ -90,10 +93,17 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Removes what killed runs left behind for the same target."""
-    for stale in target.parent.glob(f".{target.name}.partial-*"):
-        pid = stale.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
+    """Removes what killed runs left behind for the same target.
+
+    An old target that stepped aside for a run that was killed before it could take its place gets its name back.
+    """
+    for stale in sorted(target.parent.glob(f".{glob.escape(target.name)}.partial-*")):
+        pid, _, role = stale.name.rpartition(".partial-")[2].partition("-")
+        if pid.isdigit() and Path(f"/proc/{pid}").exists():
+            continue
+        if role == "old" and not target.exists():
+            stale.rename(target)
+        else:
             shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -111,9 +121,13 @@ def _swap(partial: Path, target: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
-    old = target.parent / f".{target.name}.partial-{os.getpid()}-old"
+    old = partial.with_name(f"{partial.name}-old")
     target.rename(old)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
     shutil.rmtree(old)
 
 
@@ -156,11 +170,15 @@ def plan_shards(slots: Sequence[Slot], max_bytes: int) -> dict[str, list[Slot]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def write_index(folder: Path, shards: Mapping[str, Sequence[Slot]]) -> None:
-    """The index of a sharded checkpoint (https://huggingface.co/docs/safetensors; total_size counts data bytes)."""
+def write_index(folder: Path, shards: Mapping[str, Sequence[Slot]], metadata: Mapping[str, Any] | None = None) -> None:
+    """The index of a sharded checkpoint (https://huggingface.co/docs/safetensors; total_size counts data bytes).
+
+    `metadata` holds further keys for its metadata, as the index that is being rewritten may have.
+    """
     total = sum(slot.nbytes for slots in shards.values() for slot in slots)
     weight_map = {slot.name: file for file, slots in shards.items() for slot in slots}
-    write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    facts = {**(metadata or {}), "total_size": total}
+    write_json(folder / INDEX_NAME, {"metadata": facts, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_json(file: Path, value: Any) -> None:

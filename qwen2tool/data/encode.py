@@ -75,7 +75,7 @@ def require_targets(samples: Iterable[Sample], places: Sequence[str], max_length
     Raises:
         UserError: a record whose answer was cut off whole; a loss over it would be 0 / 0.
     """
-    empty = [sample.record for sample in samples if not any(sample.scored[1:])]
+    empty = sorted({sample.record for sample in samples if not any(sample.scored[1:])})
     if empty:
         raise UserError(
             f"{places[empty[0]]}: no token of the answer fits into max_length {max_length}"

@@ -1,15 +1,14 @@
 """Merging, tensor by tensor: W' = round(W + scaling * B A), computed in fp32 with one rounding at the end.
 
-Peak memory is the largest tensor in its own dtype and a few blocks of rows in fp32, whatever the size of the model.
-What no pair touches is copied byte for byte. The result is byte-identical to PEFT's `merge_and_unload` for plain LoRA
-with fp32 adapters.
+A matrix is read, summed and written in blocks of rows, so peak memory is a few blocks in fp32 (about 100 MB) and one
+adapter pair, whatever the size of the model. What no pair touches is copied byte for byte. The result is byte-identical
+to PEFT's `merge_and_unload` for plain LoRA with fp32 adapters.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +17,9 @@ import torch
 from qwen2tool import __version__
 from qwen2tool.checkpoint.adapter import LoraPair, fingerprint
 from qwen2tool.checkpoint.folder import HUB_ID, INDEX_NAME
-from qwen2tool.checkpoint.geometry import Config, with_both_spellings
-from qwen2tool.checkpoint.reader import TORCH_DTYPE, copy_tensor, read_tensor, write_tensor
+from qwen2tool.checkpoint.geometry import Config, read_json, with_both_spellings
+from qwen2tool.checkpoint.header import TensorInfo, read_header
+from qwen2tool.checkpoint.reader import TORCH_DTYPE, copy_tensor, read_tensor, row_blocks, write_tensor
 from qwen2tool.checkpoint.writer import (
     Slot,
     atomic_folder,
@@ -35,8 +35,8 @@ from qwen2tool.merge.plan import FLOATS, MergeDtype, MergePlan, plan_merge
 from qwen2tool.merge.report import MergeReport, Survival
 
 SIDECAR = "qwen2tool_merge.json"
-BLOCK_ELEMENTS = 1 << 24
-"""Elements of a matrix that are held in fp32 at a time: 64 MB a copy."""
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of a matrix that are held in fp32 at a time: 16 MB a copy."""
 
 
 def merge(
@@ -59,25 +59,24 @@ def merge(
         dtype: of all floating-point tensors of the output; "keep" leaves every tensor in the base's.
 
     Raises:
-        UserError: see `plan_merge`; a NaN or infinite value; a value beyond fp16's range; an output that exists.
+        UserError: see `plan_merge`; a NaN or infinite value; a value beyond fp16's range; an output that exists, or
+            that would replace the base or the adapter.
     """
     start = time.perf_counter()
     require_free(out, overwrite)
     plan = plan_merge(base, adapter, dtype, allow_other_base)
+    _require_apart(plan, out)
     survival: dict[str, Survival] = {}
     with atomic_folder(out, overwrite) as folder, progress("merging", plan.base.nbytes) as advance:
-        for name, slots in plan.shards.items():
-            write_safetensors(folder / name, slots, lambda slot, handle: _write(plan, slot, handle, survival, advance))
-        if (plan.base.path / INDEX_NAME).is_file():
-            write_index(folder, plan.shards)
+        _write_shards(plan, folder, survival, advance)
         write_json(folder / "config.json", _config(plan, dtype))
         copied = copy_side_files(plan.base.path, folder)
-        write_json(folder / SIDECAR, _provenance(plan))
+        write_json(folder / SIDECAR, _provenance(plan, base))
     return MergeReport(
         output=str(out),
         merged_tensors=len(survival),
         untouched_tensors=len(plan.base.tensors) - len(survival),
-        byte_identical=dtype == "keep",
+        byte_identical=plan.byte_identical,
         survival=survival,
         side_files=tuple(copied),
         notes=plan.notes,
@@ -86,44 +85,57 @@ def merge(
     )
 
 
+def _require_apart(plan: MergePlan, out: Path) -> None:
+    """`--overwrite` replaces a whole folder: never one that holds what is being read."""
+    for source in (plan.base.path.resolve(), plan.adapter.path.resolve()):
+        if out.resolve() in (source, *source.parents):
+            raise UserError(f"{out}: replacing it would delete {source}, which is merged", "Choose another output")
+
+
+def _write_shards(plan: MergePlan, folder: Path, survival: dict[str, Survival], advance: Advance) -> None:
+    for shard in plan.base.shards:
+        slots, metadata = plan.shards[shard.name], read_header(shard).metadata
+        write_safetensors(
+            folder / shard.name, slots, lambda slot, handle: _write(plan, slot, handle, survival, advance), metadata
+        )
+    index = plan.base.path / INDEX_NAME
+    if index.is_file():
+        stated = read_json(index).get("metadata")
+        write_index(folder, plan.shards, stated if isinstance(stated, dict) else None)
+
+
 def _write(plan: MergePlan, slot: Slot, handle: BinaryIO, survival: dict[str, Survival], advance: Advance) -> None:
     info, pair = plan.source(slot), plan.pairs.get(slot.name)
-    if pair is None and slot.dtype == info.dtype:
+    if pair is not None:
+        survival[slot.name] = _write_merged(info, pair, slot, handle)
+    elif slot.dtype == info.dtype:
         copy_tensor(info, handle)
-    elif pair is None:
-        write_tensor(_rounded(read_tensor(info), slot), handle)
     else:
-        survival[slot.name] = _write_merged(read_tensor(info), pair, slot, handle)
+        for _, block in row_blocks(info, BLOCK_ELEMENTS):
+            write_tensor(_rounded(read_tensor(block), slot), handle)
     advance(info.nbytes)
 
 
-def _write_merged(weight: torch.Tensor, pair: LoraPair, slot: Slot, handle: BinaryIO) -> Survival:
+def _write_merged(info: TensorInfo, pair: LoraPair, slot: Slot, handle: BinaryIO) -> Survival:
     """Writes round(W + s B A) a block of rows at a time, and measures how much of the update the rounding left."""
     a, b = read_tensor(pair.a).float(), read_tensor(pair.b).float()
-    for side, matrix in (("A", a), ("B", b)):
-        if not torch.isfinite(matrix).all():
-            raise UserError(
-                f"{pair.a.file}: lora_{side} of {pair.module} holds NaN or Inf", "Train it again", EXIT_FINDING
-            )
     squared_error = squared_update = 0.0
     unchanged = 0
-    for rows in _row_blocks(weight):
-        before = weight[rows].float()
+    for rows, block in row_blocks(info, BLOCK_ELEMENTS):
+        before = read_tensor(block).float()
         update = (b[rows] @ a) * pair.scaling
         after = _rounded(before + update, slot)
         write_tensor(after, handle)
         survived = after.float() - before
-        squared_error += (survived - update).double().square().sum().item()
-        squared_update += update.double().square().sum().item()
-        unchanged += int((survived == 0).sum())
+        squared_error += _sum_of_squares(survived - update)
+        squared_update += _sum_of_squares(update)
+        unchanged += survived.numel() - int(survived.count_nonzero())
     lost = (squared_error / squared_update) ** 0.5 if squared_update else 0.0
-    return Survival(relative_error=lost, unchanged=unchanged / weight.numel())
+    return Survival(relative_error=lost, unchanged=unchanged / info.numel)
 
 
-def _row_blocks(weight: torch.Tensor) -> Iterator[slice]:
-    height = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], height):
-        yield slice(start, start + height)
+def _sum_of_squares(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values)) ** 2
 
 
 def _rounded(values: torch.Tensor, slot: Slot) -> torch.Tensor:
@@ -133,7 +145,7 @@ def _rounded(values: torch.Tensor, slot: Slot) -> torch.Tensor:
         UserError: something is not finite, before or after.
     """
     rounded = values.to(TORCH_DTYPE[slot.dtype])
-    if rounded.is_floating_point() and not torch.isfinite(rounded).all():
+    if not torch.isfinite(rounded).all():
         if torch.isfinite(values).all():
             what, fix = f"holds values beyond the range of {slot.dtype}", "Choose --dtype bfloat16 or float32"
         else:
@@ -150,21 +162,27 @@ def _config(plan: MergePlan, dtype: MergeDtype) -> Config:
     return edited
 
 
-def _portable_name(name: str) -> str:
-    """A Hub id as it is, of a local path only the last part."""
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
-
-
-def _provenance(plan: MergePlan) -> dict[str, object]:
+def _provenance(plan: MergePlan, base: str | Path) -> dict[str, object]:
     """What the output was made of; names only, since paths of one machine mean nothing on another."""
-    scalings = sorted({pair.scaling for pair in plan.pairs.values()})
+    found, wanted = fingerprint(plan.base), plan.adapter.base_fingerprint
     return {
-        "base_model": _portable_name(str(plan.adapter.config.get("base_model_name_or_path") or plan.base.path)),
-        "base_fingerprint": fingerprint(plan.base),
-        "merged_onto": "16-bit",
-        "adapter": plan.adapter.path.name,
+        "base_model": _base_name(plan, base, same=found == wanted),
+        "base_fingerprint": found,
+        "trained_on_this_base": None if wanted is None else found == wanted,
+        "merged_onto": "32-bit" if any(plan.base.tensors[name].dtype == "F32" for name in plan.pairs) else "16-bit",
+        "adapter": plan.adapter.path.resolve().name,
         "adapted_modules": len(plan.pairs),
+        "untouched_tensors": len(plan.base.tensors) - len(plan.pairs),
         "ranks": sorted({pair.rank for pair in plan.pairs.values()}),
-        "scalings": scalings,
+        "scalings": sorted({pair.scaling for pair in plan.pairs.values()}),
         "versions": {"qwen2tool": __version__, "torch": torch.__version__},
     }
+
+
+def _base_name(plan: MergePlan, base: str | Path, *, same: bool) -> str:
+    """A Hub id where one was given, or where the adapter names one for this very base; else the folder's own name."""
+    named = str(plan.adapter.config.get("base_model_name_or_path") or "") if same else ""
+    for name in (str(base), named):
+        if HUB_ID.fullmatch(name) and not Path(name).exists():
+            return name
+    return plan.base.path.resolve().name

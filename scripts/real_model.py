@@ -1,0 +1,226 @@
+"""The whole path on a published Qwen2 checkpoint, as JSON: what is whole, what damage costs, what training gives.
+
+    python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts damage            (CPU; minutes for a 0.5B)
+    python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts train peers merge (GPU; peers needs trl)
+
+MODEL is a Qwen2 folder or Hub id; --data holds alpaca_en_demo.json and dpo_en_demo.json (LLaMA-Factory's data folder,
+Apache-2.0). The last 99 instructions and the last 30 pairs are held out. Every command runs as a user would run it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, run_command, run_peer, write_result
+
+sys.path.insert(0, str(ROOT))
+
+HELD_OUT_INSTRUCTIONS, HELD_OUT_PAIRS = 99, 30
+ANSWERS = 24
+"""Answers that the damage is measured on, at most 160 tokens each."""
+SETTING = ("--quantize", "nf4", "--rank", "64", "--alpha", "16", "--dropout", "0.05", "--learning-rate", "2e-4")
+DPO_LENGTH = ("--max-length", "2048")
+"""For both tools; at 1024 the prompt alone fills a tenth of the pairs."""
+QUESTION = "Write a Python function that reverses a string."
+
+DAMAGE: dict[str, Callable[[int, str], bool]] = {
+    "all biases": lambda layer, projection: True,
+    "all q biases": lambda layer, projection: projection == "q",
+    "all k biases": lambda layer, projection: projection == "k",
+    "all v biases": lambda layer, projection: projection == "v",
+    "v bias of layer 12": lambda layer, projection: (layer, projection) == (12, "v"),
+    "v bias of layer 23": lambda layer, projection: (layer, projection) == (23, "v"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=["damage"])
+    parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "real_model.json")
+    parser.add_argument("--max-steps", type=int, help="for a quick look: the result is not the published figure")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    split_data(options)
+    for part in options.parts:
+        found = PARTS[part](options)
+        write_result(options.result, ["python", "scripts/real_model.py", *sys.argv[1:]], {part: found})
+
+
+def split_data(options: argparse.Namespace) -> None:
+    """Writes training and held-out records; a prompt that leaves no room for an answer is left out for everybody."""
+    for name, held_out in (("alpaca_en_demo", HELD_OUT_INSTRUCTIONS), ("dpo_en_demo", HELD_OUT_PAIRS)):
+        records = json.loads((options.data / f"{name}.json").read_text())
+        for part, chosen in (("train", records[:-held_out]), ("held-out", records[-held_out:])):
+            kept = fitting(options, chosen) if name == "dpo_en_demo" else chosen
+            (options.work / f"{name}-{part}.json").write_text(json.dumps(kept, ensure_ascii=False))
+    answers = json.loads((options.data / "alpaca_en_demo.json").read_text())[:ANSWERS]
+    (options.work / "answers.json").write_text(json.dumps(answers, ensure_ascii=False))
+
+
+def fitting(options: argparse.Namespace, records: list[Any]) -> list[Any]:
+    from qwen2tool.checkpoint.folder import resolve
+    from qwen2tool.checkpoint.load import load_tokenizer
+    from qwen2tool.data.encode import encode_preference
+    from qwen2tool.data.records import read_preferences
+
+    file = options.work / "pairs.json"
+    file.write_text(json.dumps(records))
+    tokenizer = load_tokenizer(resolve(options.model))
+    length = int(DPO_LENGTH[1])
+    pairs = [encode_preference(tokenizer, p, n, length) for n, p in enumerate(read_preferences(file))]
+    fits = [all(any(sample.scored) for sample in pair) for pair in pairs]
+    print(f"{fits.count(False)} of {len(records)} pairs do not fit into {length} tokens and are left out")
+    return [record for record, fit in zip(records, fits, strict=True) if fit]
+
+
+def damage(options: argparse.Namespace) -> dict[str, Any]:
+    """inspect --values, the noise of the model against itself, and verify-equivalence of damaged copies."""
+    from qwen2tool.checkpoint.folder import resolve
+    from qwen2tool.demo.damage import damaged_copy
+
+    model = resolve(options.model)
+    found: dict[str, Any] = {"inspect": run_command("inspect", model, "--values", "--json")}
+    compare = ("--data", options.work / "answers.json", "--max-length", "160", "--json")
+    found["itself"] = run_command("verify-equivalence", model, model, *compare)
+    found["damaged"] = {}
+    for name, lost in DAMAGE.items():
+        copy = options.work / "damaged"
+        damaged_copy(model, copy, lost, "zero", overwrite=True)
+        found["damaged"][name] = run_command("verify-equivalence", model, copy, *compare)
+        shutil.rmtree(copy)
+    damaged_copy(model, options.work / "damaged", DAMAGE["all biases"], "drop", overwrite=True)
+    found["dropped: inspect"] = run_command("inspect", options.work / "damaged", "--json")
+    shutil.rmtree(options.work / "damaged")
+    return found
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """QLoRA SFT, then DPO from its adapter, each scored on held-out records before and after."""
+    steps = ("--max-steps", str(options.max_steps)) if options.max_steps else ()
+    common = ("--model", options.model, "--overwrite", "--json", *steps)
+    sft = run_command("train", *common, *SETTING, *files(options, "alpaca_en_demo"), "--output", options.work / "sft")
+    dpo = run_command(
+        "train", *common, *files(options, "dpo_en_demo"), "--task", "dpo", "--quantize", "nf4",
+        "--learning-rate", "5e-5", *DPO_LENGTH, "--adapter", options.work / "sft" / "adapter",
+        "--output", options.work / "dpo",
+    )  # fmt: skip
+    sft["metrics"] = metrics(options.work / "sft")
+    dpo["metrics"] = metrics(options.work / "dpo")
+    return {"sft": sft, "dpo": dpo}
+
+
+def files(options: argparse.Namespace, name: str) -> tuple[str | Path, ...]:
+    return "--data", options.work / f"{name}-train.json", "--eval-data", options.work / f"{name}-held-out.json"
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    kept = ("step", "loss", "grad_norm", "rewards/margins", "rewards/accuracies")
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [{key: round(line[key], 5) for key in kept if key in line} for line in lines if "loss" in line]
+
+
+def peers(options: argparse.Namespace) -> dict[str, Any]:
+    """TRL with torch's choice of attention and with cuDNN forbidden; both judged by our own held-out scores."""
+    found: dict[str, Any] = {}
+    script = ROOT / "benchmarks" / "trl_peer.py"
+    steps = ("--max-steps", str(options.max_steps)) if options.max_steps else ()
+    for cudnn in ("on", "off"):
+        folder = options.work / f"trl-cudnn-{cudnn}"
+        names = ("--model", options.model, "--cudnn", cudnn, *steps)
+        sft_file, dpo_file = (options.work / f"{name}-train.json" for name in ("alpaca_en_demo", "dpo_en_demo"))
+        sft = run_peer(script, "--task", "sft", *names, "--data", sft_file, "--output", folder / "sft")
+        found[f"sft, cudnn {cudnn}"] = sft | {"held_out": score(options, folder / "sft", None)}
+        if not isfinite(found[f"sft, cudnn {cudnn}"]["held_out"].get("sft", {}).get("nll", nan)):
+            continue  # what DPO would start from is NaN already
+        dpo = run_peer(
+            script, "--task", "dpo", *names, "--data", dpo_file, "--output", folder / "dpo",
+            "--adapter", folder / "sft", "--learning-rate", "5e-5", *DPO_LENGTH,
+        )  # fmt: skip
+        found[f"dpo, cudnn {cudnn}"] = dpo | {"held_out": score(options, folder / "dpo", folder / "sft")}
+    return found
+
+
+def score(options: argparse.Namespace, adapter: Path, reference: Path | None) -> dict[str, Any]:
+    """Held-out NLL of an adapter on the NF4 base, and its rewards against `reference`; both as `train` reports them."""
+    from dataclasses import asdict
+
+    from peft import PeftModel
+
+    from qwen2tool.checkpoint.folder import open_checkpoint
+    from qwen2tool.checkpoint.load import load_model, load_tokenizer
+    from qwen2tool.training.dataset import read_records
+    from qwen2tool.training.evaluate import dpo_score, pair_log_probs, sft_score
+    from qwen2tool.training.model import place
+    from qwen2tool.training.settings import load_settings
+
+    if not (adapter / "adapter_config.json").is_file():
+        return {"error": "no adapter was saved"}
+    names = {"model": options.model, "data": "-", "output": "-"}
+    settings = [load_settings(None, names | {"task": task, "max_length": 2048}) for task in ("sft", "dpo")]
+    placement, checkpoint = place(settings[0]), open_checkpoint(options.model)
+    tokenizer = load_tokenizer(checkpoint.path)
+    pad = tokenizer.pad_token_id
+    instructions = read_records(tokenizer, options.work / "alpaca_en_demo-held-out.json", settings[0]).items
+    pairs = read_records(tokenizer, options.work / "dpo_en_demo-held-out.json", settings[1]).items
+
+    def loaded(path: Path) -> Any:
+        model = load_model(checkpoint, dtype=placement.dtype, device=placement.device, nf4=True)
+        return PeftModel.from_pretrained(model, path)
+
+    model = loaded(adapter)
+    found: dict[str, Any] = {"sft": asdict(sft_score(model, instructions, pad, placement, 4))}
+    if reference:
+        policy = pair_log_probs(model, pairs, pad, placement, 4)
+        found["dpo"] = asdict(
+            dpo_score(policy, pair_log_probs(loaded(reference), pairs, pad, placement, 4), pairs, 0.1)
+        )
+    return found
+
+
+def merge(options: argparse.Namespace) -> dict[str, Any]:
+    """Merge, verify against base + adapter on either base, one greedy answer before and after, push --dry-run."""
+    adapter, merged = options.work / "dpo" / "adapter", options.work / "merged"
+    found = {"merge": run_command("merge", options.model, adapter, merged, "--overwrite", "--json")}
+    compare = ("--adapter", adapter, "--data", options.work / "alpaca_en_demo-held-out.json", "--json")
+    for base in ("16bit", "nf4"):
+        found[f"verify, adapter on {base}"] = run_command(
+            "verify-equivalence", options.model, merged, *compare, "--adapter-on", base
+        )
+    found["answer before"] = {"text": greedy_answer(options.model)}
+    found["answer after"] = {"text": greedy_answer(str(merged))}
+    found["push --dry-run"] = run_command("push", merged, "your-name/merged", "--dry-run")
+    return found
+
+
+def greedy_answer(name: str) -> str:
+    import torch
+
+    from qwen2tool.checkpoint.folder import open_checkpoint
+    from qwen2tool.checkpoint.load import load_model, load_tokenizer
+
+    checkpoint = open_checkpoint(name)
+    tokenizer = load_tokenizer(checkpoint.path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(checkpoint, dtype="float32", device=device)
+    chat = [{"role": "user", "content": QUESTION}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False).to(device)
+    output = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+PARTS = {"damage": damage, "train": train, "peers": peers, "merge": merge}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""inspect's verdict, findings and notes on whole checkpoints and each kind of damage; numbers against transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from qwen2tool.checkpoint.report import Report, inspect_checkpoint
+from qwen2tool.checkpoint.show import print_report
+from tests.checkpoint.edits import INDEX, QKV_BIASES, drop, edit_config, edit_json, put, rewrite
+from tests.tiny import write_tiny
+
+K1 = "model.layers.1.self_attn.k_proj.bias"
+
+
+def section(folder: Path, name: str):
+    return inspect_checkpoint(folder).to_json()[name]
+
+
+def assert_wrong(report: Report, verdict: str, *words: str) -> None:
+    assert (report.verdict, report.exit_code) == (verdict, 1)
+    assert len(report.findings) == 1, report.findings
+    assert all(word in report.findings[0] for word in words), report.findings
+
+
+def test_a_whole_checkpoint(base_folder):
+    report = inspect_checkpoint(base_folder)
+    assert (report.verdict, report.findings, report.exit_code) == ("qwen2", (), 0)
+    assert report.to_json()["schema_version"] == 1
+    assert json.loads(json.dumps(report.to_json())) == report.to_json()
+
+
+def test_facts_are_those_of_transformers(base_folder):
+    model = Qwen2ForCausalLM.from_pretrained(base_folder)
+    found = inspect_checkpoint(base_folder).to_json()
+    assert found["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    tables = model.lm_head.weight.numel() + model.model.embed_tokens.weight.numel()
+    assert found["parameters"]["without_embedding"] == found["parameters"]["total"] - tables
+    assert found["tensors"]["count"] == len(model.state_dict()) == 39
+    assert found["tensors"]["dtypes"] == {"BF16": {"tensors": 39, "numbers": found["parameters"]["total"]}}
+    assert found["geometry"]["head_dim"] == model.model.layers[0].self_attn.head_dim == 16
+    assert found["geometry"]["group_size"] == model.model.layers[0].self_attn.num_key_value_groups == 2
+    assert found["files"]["bytes"] == sum(f.stat().st_size for f in base_folder.glob("*.safetensors"))
+    assert found["files"]["declared_bytes"] == found["files"]["tensor_bytes"] == 2 * found["parameters"]["total"]
+    assert found["biases"] | {"layers": 0} == {"expected": 9, "present": 9, "missing": 0, "extra": [], "layers": 0}
+    assert found["rope"] | {"spelled_in": 0} == {"theta": 1e6, "scaling": None, "spelled_in": 0, "disagreement": None}
+    assert (found["chat_template"], found["generation_config"]) == ("tokenizer_config.json", True)
+    assert found["quantization"] == {"config": None, "evidence": {}}
+
+
+def test_one_missing_bias_is_named(base_copy):
+    drop(base_copy, K1)
+    report = inspect_checkpoint(base_copy)
+    assert_wrong(report, "qwen2 with missing biases", "1 of 9", K1)
+    biases = report.to_json()["biases"]
+    assert biases["layers"]["1"] == {"q": "present", "k": "missing", "v": "present"}
+    assert biases["layers"]["0"]["k"] == "present" and biases["missing"] == 1
+
+
+def test_all_biases_missing(base_copy):
+    drop(base_copy, *QKV_BIASES)
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2 with missing biases", "9 of 9")
+
+
+def test_a_llama_layout_with_the_biases(base_copy):
+    edit_config(base_copy, model_type="llama", attention_bias=True)
+    report = inspect_checkpoint(base_copy)
+    assert (report.verdict, report.exit_code, report.findings) == ("llama layout with qwen2 biases", 1, ())
+    assert any("3 o_proj biases" in note for note in report.notes)
+
+
+def test_a_llama_layout_that_will_drop_the_biases(base_copy):
+    edit_config(base_copy, model_type="llama")
+    assert_wrong(inspect_checkpoint(base_copy), "llama layout with qwen2 biases", "attention_bias", "9 q/k/v biases")
+
+
+def test_a_llama_layout_with_an_o_bias(base_copy):
+    edit_config(base_copy, model_type="llama", attention_bias=True)
+    rewrite(
+        base_copy, lambda s: s.update({f"model.layers.{i}.self_attn.o_proj.bias": torch.ones(64) for i in range(3)})
+    )
+    report = inspect_checkpoint(base_copy)
+    assert report.findings == () and report.to_json()["biases"]["extra"] == ["0.o", "1.o", "2.o"]
+    assert any("only zeros there can be converted back" in note for note in report.notes)
+
+
+def test_a_llama_layout_without_biases(base_copy):
+    edit_config(base_copy, model_type="llama")
+    drop(base_copy, *QKV_BIASES)
+    report = inspect_checkpoint(base_copy)
+    assert (report.verdict, report.exit_code, report.findings) == ("llama layout without biases", 1, ())
+
+
+def test_a_llama_layout_that_lost_some_biases(base_copy):
+    edit_config(base_copy, model_type="llama", attention_bias=True)
+    drop(base_copy, K1)
+    assert_wrong(inspect_checkpoint(base_copy), "llama layout with qwen2 biases", K1)
+
+
+def test_another_architecture(base_copy):
+    edit_config(base_copy, model_type="mistral")
+    report = inspect_checkpoint(base_copy)
+    assert (report.verdict, report.exit_code) == ("not qwen2 (model_type is 'mistral')", 1)
+
+
+def test_other_names_are_not_qwen2_whatever_config_says(base_copy):
+    def rename(state):
+        for name in list(state):
+            state[name.replace("model.layers.", "transformer.h.")] = state.pop(name)
+
+    rewrite(base_copy, rename)
+    report = inspect_checkpoint(base_copy)
+    assert report.verdict == "not qwen2 (model_type is 'qwen2', but no tensor is named model.layers.*)"
+
+
+def test_a_missing_weight(base_copy):
+    drop(base_copy, "model.layers.2.mlp.up_proj.weight")
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "1 tensor is missing", "model.layers.2.mlp.up_proj.weight")
+
+
+def test_a_misshapen_bias(base_copy):
+    put(base_copy, K1, torch.ones(16))
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", K1, "[16]", "[32]")
+
+
+def test_an_extra_bias(base_copy):
+    put(base_copy, "model.layers.0.self_attn.o_proj.bias", torch.ones(64))
+    report = inspect_checkpoint(base_copy)
+    assert_wrong(report, "qwen2", "no such model has", "o_proj.bias")
+    assert report.to_json()["biases"]["extra"] == ["0.o"]
+
+
+def test_a_tied_head(tmp_path):
+    folder = write_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    report = inspect_checkpoint(folder)
+    assert report.to_json()["head"] == {"tied": True, "lm_head": "absent"}
+    assert report.to_json()["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    put(folder, "lm_head.weight", model.model.embed_tokens.weight.detach().bfloat16().clone())
+    stored = inspect_checkpoint(folder)
+    assert stored.to_json()["head"] == {"tied": True, "lm_head": "present"} and stored.exit_code == 0
+    assert stored.to_json()["parameters"] == report.to_json()["parameters"]
+
+
+SLIDING = [
+    ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, [1, 2]),
+    ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 3}, []),
+    ({"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 70}, []),
+    ({"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1}, []),
+]
+
+
+@pytest.mark.parametrize(("flags", "layers"), SLIDING, ids=["below", "at the layers (QwQ)", "above", "flag off"])
+def test_sliding_layers_are_those_of_transformers(base_copy, flags, layers):
+    edit_config(base_copy, layer_types=None, **flags)
+    truth = Qwen2Config.from_dict(json.loads((base_copy / "config.json").read_text())).layer_types
+    report = inspect_checkpoint(base_copy)
+    assert report.to_json()["sliding"] == {**flags, "layers": layers}
+    assert layers == [i for i, kind in enumerate(truth) if kind == "sliding_attention"]
+    assert any("sliding_window 32 is set but unused" in note for note in report.notes) == (not layers)
+    assert report.exit_code == 0
+
+
+def test_rope_scaling_in_either_spelling(base_copy):
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 128}
+    wanted = {"rope_type": "yarn", **scaling}
+    edit_config(base_copy, rope_parameters=None, rope_scaling={"type": "yarn", **scaling})
+    assert section(base_copy, "rope") == {
+        "theta": 1e6, "scaling": wanted, "spelled_in": ["rope_theta"], "disagreement": None
+    }  # fmt: skip
+    edit_config(base_copy, rope_scaling=None, rope_theta=None, rope_parameters={"rope_theta": 1e6, **wanted})
+    report = inspect_checkpoint(base_copy)
+    assert report.to_json()["rope"]["scaling"] == wanted
+    assert report.exit_code == 0 and any("transformers 4 will read 10000" in note for note in report.notes)
+
+
+def test_two_thetas_that_disagree_are_wrong(base_copy):
+    edit_config(base_copy, rope_theta=10000.0)
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "10000", "readers will disagree")
+
+
+def test_no_theta_at_all_is_noted(base_copy):
+    edit_config(base_copy, rope_theta=None, rope_parameters=None)
+    report = inspect_checkpoint(base_copy)
+    assert "config.json names no rope_theta: readers take 10000" in report.notes
+
+
+def test_leftovers_and_a_wrong_sum_are_notes(base_copy):
+    before = inspect_checkpoint(base_copy)
+    (base_copy / "consolidated.safetensors").write_bytes(b"anything")
+    edit_json(base_copy / INDEX, lambda index: index["metadata"].update(total_size=5_000_000))
+    report = inspect_checkpoint(base_copy)
+    assert report.exit_code == 0 and report.to_json()["files"]["leftovers"] == ["consolidated.safetensors"]
+    fresh = set(report.notes) - set(before.notes)
+    assert len(fresh) == 2 and any("consolidated" in n for n in fresh) and any("declares 5.0 MB" in n for n in fresh)
+
+
+def test_tokenizer_against_the_rows(base_copy):
+    report = inspect_checkpoint(base_copy)
+    tokens = report.to_json()["tokenizer"]
+    assert tokens["vocabulary_rows"] == 384 and tokens["rows_needed"] < 384
+    assert any(f"{384 - tokens['rows_needed']} of 384 rows belong to no token" in note for note in report.notes)
+    extra = {"id": 384, "content": "<|one_too_many|>", "special": True}
+    edit_json(base_copy / "tokenizer.json", lambda t: t["added_tokens"].append(extra))
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "highest id is 384", "only 384 rows")
+
+
+def test_absent_side_files_are_notes(base_copy):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (base_copy / name).unlink()
+    report = inspect_checkpoint(base_copy)
+    assert report.exit_code == 0 and {"there is no tokenizer", "there is no generation_config.json"} <= set(
+        report.notes
+    )
+    assert report.to_json()["chat_template"] is None
+
+
+def test_heads_that_do_not_divide(base_copy):
+    edit_config(base_copy, num_attention_heads=3, head_dim=16)
+    assert any("evenly" in finding for finding in inspect_checkpoint(base_copy).findings)
+
+
+def pack(folder: Path, *parts: str) -> None:
+    """Every linear as GPTQ or AWQ store it: int32 words in place of the weight."""
+
+    def change(state):
+        for name in [name for name in state if name.endswith("_proj.weight")]:
+            del state[name]
+            state |= {f"{name.removesuffix('weight')}{part}": torch.ones(4, 4, dtype=torch.int32) for part in parts}
+
+    rewrite(folder, change)
+
+
+def test_a_quantised_checkpoint(base_copy):
+    whole = inspect_checkpoint(base_copy).to_json()["parameters"]
+    pack(base_copy, "qweight", "qzeros", "scales", "g_idx")
+    assert "config.json does not say so" in " ".join(inspect_checkpoint(base_copy).findings)
+    edit_config(base_copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    report = inspect_checkpoint(base_copy)
+    assert (report.verdict, report.findings) == ("qwen2", ())
+    assert report.to_json()["quantization"]["evidence"]["GPTQ"] == 21
+    assert report.to_json()["parameters"] == whole
+    drop(base_copy, "model.layers.1.mlp.up_proj.qweight")
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "model.layers.1.mlp.up_proj.weight")
+
+
+def test_zero_biases_of_gptq_writers_are_noted(base_copy):
+    pack(base_copy, "qweight", "g_idx")
+    edit_config(base_copy, quantization_config={"quant_method": "gptq", "bits": 4})
+    put(base_copy, "model.layers.0.mlp.up_proj.bias", torch.zeros(100))
+    report = inspect_checkpoint(base_copy)
+    assert report.findings == () and any("GPTQ writers" in note for note in report.notes)
+
+
+def test_a_quantization_config_without_packed_tensors(base_copy):
+    edit_config(base_copy, quantization_config={"quant_method": "awq", "bits": 4})
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "no tensor is stored packed")
+
+
+def test_printed_report(base_copy, capsys):
+    print_report(inspect_checkpoint(base_copy))
+    whole = capsys.readouterr().out
+    assert "9 of 9 present" in whole and "verdict: qwen2\n" in whole and "WRONG" not in whole
+    assert "missing" not in whole
+    drop(base_copy, K1)
+    print_report(inspect_checkpoint(base_copy))
+    damaged = capsys.readouterr().out
+    rows = [line.split() for line in damaged.splitlines()]
+    assert ["0,", "2", "present", "present", "present"] in rows and ["1", "present", "missing", "present"] in rows
+    assert f"WRONG: 1 of 9 q/k/v biases are missing, the first is {K1}" in damaged
+
+
+@pytest.mark.parametrize(("values", "torch_is_there"), [(False, False), (True, True)])
+def test_headers_alone_need_no_torch(base_folder, values, torch_is_there):
+    code = (
+        "import sys; from qwen2tool.checkpoint.report import inspect_checkpoint; "
+        "from qwen2tool.checkpoint.show import print_report; "
+        f"print_report(inspect_checkpoint(sys.argv[1], values={values})); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, base_folder], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(torch_is_there)
