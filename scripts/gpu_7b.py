@@ -18,7 +18,6 @@ from typing import Any
 
 from common import ROOT, run_command, run_script, write_result
 
-STEPS = {"sft": 20, "dpo": 10}
 LORA = ("--rank", "64", "--alpha", "16", "--dropout", "0.05")
 
 
@@ -29,12 +28,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--geometry", default="qwen1.5-7b")
     parser.add_argument("--layers", type=int, help="a short model, for a quick look")
+    parser.add_argument("--steps", type=int, nargs=2, default=(20, 10), help="of SFT and of DPO")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_7b.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    for name, step in (("checkpoint", checkpoint), ("train", train), ("merge", merge)):
-        write_result(options.result, ["python", "scripts/gpu_7b.py", *sys.argv[1:]], {name: step(options)})
+    for step in (checkpoint, sft, dpo, merge, verify, verify_without_adapter):
+        found = {step.__name__: step(options)}
+        write_result(options.result, ["python", "scripts/gpu_7b.py", *sys.argv[1:]], found)
 
 
 def base(options: argparse.Namespace) -> Path:
@@ -50,35 +51,44 @@ def checkpoint(options: argparse.Namespace) -> dict[str, Any]:
     return {"make": made, "inspect": run_command("inspect", base(options), "--json")}
 
 
-def train(options: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for task, name in (("sft", "alpaca_en_demo"), ("dpo", "dpo_en_demo")):
-        start = LORA if task == "sft" else ("--adapter", options.work / "sft" / "adapter")
-        found[task] = run_command(
-            "train", "--task", task, "--model", base(options), "--data", options.data / f"{name}.json",
-            "--output", options.work / task, "--quantize", "nf4", "--max-steps", str(STEPS[task]), *start,
-            "--device", options.device, "--overwrite", "--json",
-        )  # fmt: skip
-        lines = (options.work / task / "metrics.jsonl").read_text().splitlines()
-        found[task]["losses"] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-    return found
+def sft(options: argparse.Namespace) -> dict[str, Any]:
+    return train(options, "sft", "alpaca_en_demo", options.steps[0], LORA)
+
+
+def dpo(options: argparse.Namespace) -> dict[str, Any]:
+    return train(options, "dpo", "dpo_en_demo", options.steps[1], ("--adapter", options.work / "sft" / "adapter"))
+
+
+def train(
+    options: argparse.Namespace, task: str, name: str, steps: int, start: tuple[str | Path, ...]
+) -> dict[str, Any]:
+    found = run_command(
+        "train", "--task", task, "--model", base(options), "--data", options.data / f"{name}.json",
+        "--output", options.work / task, "--quantize", "nf4", "--max-steps", str(steps), *start, "--skip-too-long",
+        "--device", options.device, "--overwrite", "--json",
+    )  # fmt: skip
+    lines = (options.work / task / "metrics.jsonl").read_text().splitlines()
+    return found | {"losses": [json.loads(line)["loss"] for line in lines if '"loss"' in line]}
 
 
 def merge(options: argparse.Namespace) -> dict[str, Any]:
-    adapter, merged = options.work / "dpo" / "adapter", options.work / "merged"
-    found = {"merge": run_command("merge", base(options), adapter, merged, "--overwrite", "--json")}
-    compare = (
-        "--data",
-        options.data / "alpaca_en_demo.json",
-        "--max-tokens",
-        "2048",
-        "--device",
-        options.device,
-        "--json",
-    )
-    found["verify"] = run_command("verify-equivalence", base(options), merged, "--adapter", adapter, *compare)
-    found["verify, adapter left out"] = run_command("verify-equivalence", base(options), merged, *compare)
-    return found
+    adapter = options.work / "dpo" / "adapter"
+    return run_command("merge", base(options), adapter, options.work / "merged", "--overwrite", "--json")
+
+
+def verify(options: argparse.Namespace) -> dict[str, Any]:
+    return compare(options, "--adapter", options.work / "dpo" / "adapter")
+
+
+def verify_without_adapter(options: argparse.Namespace) -> dict[str, Any]:
+    """The negative control: the merged model is not its base."""
+    return compare(options)
+
+
+def compare(options: argparse.Namespace, *adapter: str | Path) -> dict[str, Any]:
+    text = ("--data", options.data / "alpaca_en_demo.json", "--max-tokens", "2048")
+    pair = (base(options), options.work / "merged")
+    return run_command("verify-equivalence", *pair, *adapter, *text, "--device", options.device, "--json")
 
 
 if __name__ == "__main__":

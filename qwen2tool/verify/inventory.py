@@ -1,4 +1,8 @@
-"""First stage: do both sides hold the same tensors, and does config.json make the same function of them?"""
+"""First stage: do both sides hold the same tensors, and does config.json make the same function of them?
+
+A tied head may be stored, or not: `used_tensors` names the head that transformers would use either way, and its values
+are the next stage's matter. transformers takes a stored `lm_head.weight` even where config.json ties it.
+"""
 
 from __future__ import annotations
 
@@ -6,61 +10,73 @@ from dataclasses import dataclass
 
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import Geometry
+from qwen2tool.checkpoint.header import TensorInfo
 
 SAME_FUNCTION = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling", "sliding_layers",
 )  # fmt: skip
 """Fields of the geometry that change what a model computes from the same tensors."""
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BUFFER = "rotary_emb.inv_freq"
+"""Written by old savers, computed from config.json by every reader."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InventoryComparison:
-    """Names on one side only, shapes that differ, and config fields that differ (name -> (reference, candidate))."""
+    """Names on one side only, shapes that differ, and config fields that differ (name -> (reference, candidate)).
+
+    `reference_biases` and `candidate_biases` count the bias tensors in the files.
+    """
 
     missing: tuple[str, ...]
     extra: tuple[str, ...]
     misshapen: tuple[str, ...]
     config: dict[str, tuple[object, object]]
+    reference_biases: int
+    candidate_biases: int
 
     @property
     def agrees(self) -> bool:
         return not (self.missing or self.extra or self.misshapen or self.config)
 
 
+def used_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Name -> the tensor that a model loaded from `checkpoint` uses under it; a tied head is its table."""
+    used = {name: info for name, info in checkpoint.tensors.items() if not name.endswith(BUFFER)}
+    if HEAD not in used and TABLE in used and checkpoint.geometry.tie_word_embeddings:
+        used[HEAD] = used[TABLE]
+    return used
+
+
 def compare_inventories(reference: Checkpoint, candidate: Checkpoint) -> InventoryComparison:
-    """Compares names, shapes and config; a tied head may be stored or not, its values are the next stage's matter."""
-    mine, theirs = set(reference.tensors), set(candidate.tensors)
-    if _tied(reference) and _tied(candidate):
-        mine, theirs = mine - {"lm_head.weight"}, theirs - {"lm_head.weight"}
+    """Compares names, shapes and the config fields that change the function."""
+    mine, theirs = used_tensors(reference), used_tensors(candidate)
     return InventoryComparison(
-        missing=tuple(name for name in reference.tensors if name in mine - theirs),
-        extra=tuple(name for name in candidate.tensors if name in theirs - mine),
-        misshapen=tuple(
-            name
-            for name, info in reference.tensors.items()
-            if name in mine & theirs and candidate.tensors[name].shape != info.shape
-        ),
+        missing=tuple(name for name in mine if name not in theirs),
+        extra=tuple(name for name in theirs if name not in mine),
+        misshapen=tuple(name for name in mine if name in theirs and theirs[name].shape != mine[name].shape),
         config=_config_differences(reference, candidate),
+        reference_biases=_count_biases(reference),
+        candidate_biases=_count_biases(candidate),
     )
 
 
-def _tied(checkpoint: Checkpoint) -> bool:
-    return checkpoint.geometry.tie_word_embeddings
+def _count_biases(checkpoint: Checkpoint) -> int:
+    return sum(name.endswith(".bias") for name in checkpoint.tensors)
 
 
 def _config_differences(reference: Checkpoint, candidate: Checkpoint) -> dict[str, tuple[object, object]]:
-    found = {
-        name: (getattr(reference.geometry, name), getattr(candidate.geometry, name))
-        for name in SAME_FUNCTION
-        if getattr(reference.geometry, name) != getattr(candidate.geometry, name)
-    }
-    if _window(reference.geometry) != _window(candidate.geometry):
-        found["sliding_window"] = (_window(reference.geometry), _window(candidate.geometry))
-    acts = reference.config.get("hidden_act", "silu"), candidate.config.get("hidden_act", "silu")
-    return found | ({"hidden_act": acts} if acts[0] != acts[1] else {})
+    mine, theirs = _function(reference), _function(candidate)
+    return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
-def _window(shape: Geometry) -> int | None:
-    """The window counts only where a layer slides."""
-    return shape.sliding_window if shape.sliding_layers else None
+def _function(checkpoint: Checkpoint) -> dict[str, object]:
+    """What config.json contributes to the function; a field that takes no part in it is None."""
+    shape: Geometry = checkpoint.geometry
+    fields = {name: getattr(shape, name) for name in SAME_FUNCTION}
+    fields["sliding_window"] = shape.sliding_window if shape.sliding_layers else None
+    # YaRN and its kin derive their factors from it where rope_scaling names no length of its own.
+    fields["max_position_embeddings"] = shape.max_position_embeddings if shape.rope_scaling else None
+    fields["hidden_act"] = checkpoint.config.get("hidden_act", "silu")
+    return fields

@@ -1,11 +1,12 @@
 """Third stage: both models on the same tokens, in fp32, one model in memory at a time.
 
-Of each model only the final hidden states at scored positions and its head are kept; logits are formed for both a few
-rows at a time, so that 151,936 columns never stand for more than a chunk.
+Of each model only the final hidden states at scored positions and its head are kept; logits are formed for two models
+at a time, a few rows at once, so that 151,936 columns never stand for more than a chunk.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,33 +15,40 @@ import torch
 
 from qwen2tool.checkpoint.adapter import Adapter
 from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.inventory import BIAS_NAME, take_inventory
 from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers
+from qwen2tool.checkpoint.reader import read_tensor
 from qwen2tool.console import progress
 from qwen2tool.data.samples import Sample
+from qwen2tool.errors import UserError
 from qwen2tool.routing.attention import safe_attention
 from qwen2tool.verify.statistics import LogitFigures, concatenate, summarise, token_figures
 
 CHUNK_ROWS = 64
+"""64 x 151,936 in float64 is 78 MB; five such arrays live at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What predicts: hidden states (N, H) on the CPU and the head (V, H), both in the dtype the model ran in."""
+    """What predicts: hidden states (N, H) on the CPU in the run's dtype, and the head's module (PEFT's, if adapted)."""
 
     states: torch.Tensor
-    head: torch.Tensor
+    head: torch.nn.Module
 
+    @torch.no_grad()
     def logits(self, rows: slice) -> torch.Tensor:
         """(rows, V) in fp32, on the head's device."""
-        return (self.states[rows].to(self.head.device) @ self.head.T).float()
+        device = next(self.head.parameters()).device
+        logits: torch.Tensor = self.head(self.states[rows].to(device))
+        return logits.float()
 
 
 def predict(
     checkpoint: Checkpoint,
     samples: Sequence[Sample],
     *,
-    adapter: Adapter | None,
-    dtype: Dtype,
+    adapter: Adapter | None = None,
+    dtype: Dtype = "float32",
     device: str,
     nf4: bool = False,
     attention: Literal["sdpa", "eager"] = "sdpa",
@@ -53,19 +61,48 @@ def predict(
 
         with quiet_transformers():
             model = PeftModel.from_pretrained(model, adapter.path).eval().get_base_model()
-    return _run(model, samples, device, label)
+    predictions = _run(model, samples, device, label)
+    del model
+    if nf4:
+        gc.collect()  # bitsandbytes' layers refer to themselves; the next model needs the room
+    return predictions
 
 
-def predict_damaged(checkpoint: Checkpoint, samples: Sequence[Sample], device: str, label: str) -> Predictions:
-    """Runs a candidate that may lack tensors, as transformers would: what is missing is filled in (biases with zeros).
+def predict_candidate(checkpoint: Checkpoint, samples: Sequence[Sample], device: str, label: str) -> Predictions:
+    """Runs a candidate in fp32, whole or not."""
+    found = take_inventory(checkpoint)
+    if found.missing or found.extra:
+        return _run(_load_damaged(checkpoint, found.missing_biases, device), samples, device, label)
+    return predict(checkpoint, samples, device=device, label=label)
 
-    `load_model` refuses such a checkpoint, rightly; here the damage is what is being measured.
+
+def _load_damaged(checkpoint: Checkpoint, missing_biases: Sequence[str], device: str) -> Any:
+    """A model as transformers makes it of a checkpoint without some biases: zeros in their place.
+
+    `load_model` refuses such a checkpoint, rightly; here the damage is what is being measured. The zeros are written
+    once more, so that the figures do not hang on how transformers starts a bias.
+
+    Raises:
+        UserError: a bias that is in the files did not arrive in the model.
     """
     from transformers import Qwen2ForCausalLM
 
     with quiet_transformers():
         model = Qwen2ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, device_map={"": device}).eval()
-    return _run(model, samples, device, label)
+    parameters = dict(model.named_parameters())
+    for name in missing_biases:
+        parameters[name].data.zero_()
+    for name, info in checkpoint.tensors.items():
+        if (
+            BIAS_NAME.fullmatch(name)
+            and name in parameters
+            and not torch.equal(parameters[name].data.cpu(), read_tensor(info).float())
+        ):
+            raise UserError(
+                f"{name}: the loaded model does not hold what {info.file} does",
+                "Report this with your versions: transformers changed how it loads",
+            )
+    return model
 
 
 def _run(model: Any, samples: Sequence[Sample], device: str, label: str) -> Predictions:
@@ -73,10 +110,10 @@ def _run(model: Any, samples: Sequence[Sample], device: str, label: str) -> Pred
     tokens = sum(len(sample.ids) for sample in samples)
     with torch.no_grad(), safe_attention(), progress(label, tokens) as advance:
         for sample in samples:
-            hidden = model.model(torch.tensor([sample.ids], device=device), use_cache=False).last_hidden_state[0]
+            hidden = model.model(input_ids=torch.tensor([sample.ids], device=device), use_cache=False)[0][0]  # (T, H)
             states.append(hidden[torch.tensor(sample.scored[1:], device=device).nonzero()[:, 0]].cpu())
             advance(len(sample.ids))
-    return Predictions(states=torch.cat(states), head=model.get_output_embeddings().weight.detach())
+    return Predictions(states=torch.cat(states), head=model.get_output_embeddings())
 
 
 def targets_of(samples: Sequence[Sample]) -> torch.Tensor:
@@ -86,14 +123,13 @@ def targets_of(samples: Sequence[Sample]) -> torch.Tensor:
 
 
 def compare(reference: Predictions, candidate: Predictions, targets: torch.Tensor) -> LogitFigures:
-    """Figures of `candidate` against `reference` over all scored tokens."""
+    """Figures of `candidate` against `reference` over all scored tokens; both have one vocabulary."""
     parts = []
     with progress("comparing logits", len(targets)) as advance:
         for start in range(0, len(targets), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             mine, theirs = reference.logits(rows), candidate.logits(rows)
-            width = min(mine.shape[1], theirs.shape[1])  # a resized vocabulary is the inventory's finding
             chunk = targets[rows].to(mine.device)
-            parts.append(token_figures(mine[:, :width], theirs[:, :width].to(mine.device), chunk))
+            parts.append(token_figures(mine, theirs.to(mine.device), chunk))
             advance(len(chunk))
     return summarise(concatenate(parts))

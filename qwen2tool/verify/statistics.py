@@ -1,13 +1,14 @@
 """How far one predicted distribution is from another, in float64 and in llama.cpp's vocabulary.
 
 KL divergence of a token: sum over the vocabulary of p (log p - log q), p the reference's. fp32 sums go slightly
-negative where the two are close, hence float64.
+negative where the two are close, hence float64. The perplexity ratio is exp of the mean difference of the tokens' NLL,
+its standard error that mean's times the ratio (the delta method, as llama.cpp's `--kl-divergence` reports it).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import exp, nan
+from math import exp, isfinite, nan
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ class TokenFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitFigures:
-    """What a comparison of logits says over `tokens` scored tokens; KLD and NLL in nats."""
+    """What a comparison of logits says over `tokens` scored tokens; KLD and NLL in nats.
+
+    NaN where a logit was not finite, and for a standard error over fewer than two tokens.
+    """
 
     tokens: int
     kld_mean: float
@@ -43,15 +47,26 @@ class LogitFigures:
 
     @property
     def ppl_reference(self) -> float:
-        return exp(min(self.nll_reference, 700.0))
+        return _exp(self.nll_reference)
 
     @property
     def ppl_candidate(self) -> float:
-        return exp(min(self.nll_candidate, 700.0))
+        return _exp(self.nll_candidate)
+
+    @property
+    def finite(self) -> bool:
+        """Whether both sides predicted finite numbers everywhere."""
+        return isfinite(self.kld_mean) and isfinite(self.max_abs)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, perplexities included."""
-        return asdict(self) | {"ppl_reference": self.ppl_reference, "ppl_candidate": self.ppl_candidate}
+        """Plain values, perplexities included; null where a value is not finite, which JSON cannot say."""
+        values = asdict(self) | {"ppl_reference": self.ppl_reference, "ppl_candidate": self.ppl_candidate}
+        return {key: value if isfinite(value) else None for key, value in values.items()}
+
+
+def _exp(value: float) -> float:
+    """exp that stays within a double's range."""
+    return exp(max(-700.0, min(value, 700.0))) if isfinite(value) else nan
 
 
 def token_figures(reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> TokenFigures:
@@ -76,12 +91,12 @@ def summarise(figures: TokenFigures) -> LogitFigures:
     """Means, quantiles and standard errors; a value that is not finite anywhere makes the mean NaN, never hides."""
     kld, count = figures.kld, len(figures.kld)
     log_ratio = figures.nll_candidate - figures.nll_reference
-    ratio = exp(max(-700.0, min(log_ratio.mean().item(), 700.0))) if torch.isfinite(log_ratio).all() else nan
+    ratio = _exp(log_ratio.mean().item())
     return LogitFigures(
         tokens=count,
         kld_mean=kld.mean().item(),
         kld_mean_se=_standard_error(kld),
-        kld_median=kld.median().item(),
+        kld_median=kld.quantile(0.5).item(),
         kld_99=kld.quantile(0.99).item(),
         kld_max=kld.max().item(),
         max_abs=figures.max_abs.max().item(),

@@ -1,27 +1,28 @@
 """From figures to one word and one sentence: equivalent, different, or undecided.
 
 A hand-set tolerance is either too loose for fp32 or too tight for bf16. The bar is the reference's own noise, measured
-in the same run: how far its 16-bit run is from its fp32 run on the same text.
+in the same run: how far its 16-bit run is from its fp32 run on the same text (`limits` holds the multiples). What the
+files show outranks the logits, in both directions.
 """
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Literal
 
 from qwen2tool.verify.inventory import InventoryComparison
+from qwen2tool.verify.limits import (
+    FEWEST_TOKENS,
+    MATRIX_MULTIPLE,
+    NOISE_MULTIPLE,
+    SMALLEST_99_KLD,
+    SMALLEST_MEAN_KLD,
+    STANDARD_ERRORS,
+)
 from qwen2tool.verify.statistics import LogitFigures
 from qwen2tool.verify.tensors import TensorComparison
 
 Verdict = Literal["equivalent", "different", "undecided"]
-NOISE_MULTIPLE = 1.5
-"""An implementation may be off by this much of what the reference itself is off by."""
-SMALLEST_KLD = 1e-8
-"""What fp32 sums in another order cost on a vocabulary of 150,000; a floor below it is none."""
-STANDARD_ERRORS = 2.0
-"""A mean within so many standard errors of the bar is on neither side of it."""
-FEWEST_TOKENS = 32
-"""Below, neither a mean nor its error says anything."""
+Decision = tuple[Verdict, str]
 
 
 def decide(
@@ -30,43 +31,85 @@ def decide(
     biases: list[str],
     figures: LogitFigures | None,
     floor: LogitFigures | None,
-) -> tuple[Verdict, str]:
-    """The verdict and its reason; faults that the files show outrank whatever the logits say."""
+    hindrance: str | None = None,
+) -> Decision:
+    """The verdict and its reason.
+
+    Args:
+        biases: what `describe_biases` says.
+        figures, floor: the candidate's and the reference's own; None where the logits were not compared.
+        hindrance: why they were not.
+    """
     if (fault := _fault_in_files(inventory, tensors, biases)) is not None:
         return "different", fault
+    identical = all(tensor.kind == "identical" for tensor in tensors)
     if figures is None or floor is None:
-        return "undecided", "the logits could not be compared"
-    if figures.tokens < FEWEST_TOKENS:
-        return "undecided", f"the text scores only {figures.tokens} tokens, at least {FEWEST_TOKENS} are needed"
-    if not isfinite(figures.nll_reference):
+        if identical:
+            return "equivalent", "every tensor is byte-identical and config.json agrees; no logits were compared"
+        return "undecided", f"the logits could not be compared: {hindrance}"
+    if floor.nll_reference != floor.nll_reference:
         return "undecided", "the reference itself predicts NaN or Inf on this text"
-    if not isfinite(figures.kld_mean):
+    if not figures.finite:
         return "different", "the candidate predicts NaN or Inf on this text"
-    return _by_logits(tensors, figures, floor)
+    if identical:
+        return _by_identity(figures)
+    if figures.tokens < FEWEST_TOKENS:
+        return "undecided", f"the text scores only {figures.tokens} tokens; at least {FEWEST_TOKENS} are needed"
+    if not floor.finite:
+        return "undecided", "the reference in its 16-bit dtype predicts NaN or Inf: there is no noise to judge by"
+    return _by_logits([t for t in tensors if t.kind == "different"], figures, floor)
 
 
 def _fault_in_files(inventory: InventoryComparison, tensors: list[TensorComparison], biases: list[str]) -> str | None:
-    if biases:
-        return "; ".join(biases)
-    if inventory.config:
-        name, (mine, theirs) = next(iter(inventory.config.items()))
-        return f"config.json makes another function of the tensors: {name} is {theirs}, the reference has {mine}"
-    for names, what in ((inventory.missing, "missing"), (inventory.extra, "extra"), (inventory.misshapen, "misshapen")):
+    faults = list(biases)
+    for name, (mine, theirs) in inventory.config.items():
+        faults.append(f"config.json has {name} {theirs}, the reference {mine}")
+    missing = [name for name in inventory.missing if not (biases and name.endswith(".bias"))]
+    for names, what in ((missing, "missing"), (inventory.extra, "extra"), (inventory.misshapen, "of another shape")):
         if names:
-            return f"{len(names)} tensors are {what}, the first is {names[0]}"
-    vectors = [tensor.name for tensor in tensors if tensor.kind == "different" and tensor.is_vector]
-    return f"{len(vectors)} norms or biases differ, the first is {vectors[0]}" if vectors else None
+            faults.append(_count(names, what))
+    beyond = [t for t in tensors if t.kind == "different" and t.is_vector]
+    # Biases are named above, in words; a q/k/v bias among them would be said twice.
+    vectors = [t.name for t in beyond if not (biases and t.name.endswith(".bias"))]
+    if vectors:
+        faults.append(_count(vectors, "different beyond rounding"))
+    return "; ".join(faults) or None
 
 
-def _by_logits(tensors: list[TensorComparison], figures: LogitFigures, floor: LogitFigures) -> tuple[Verdict, str]:
-    bar = NOISE_MULTIPLE * max(floor.kld_mean, SMALLEST_KLD)
-    tail_bar = NOISE_MULTIPLE * max(floor.kld_99, SMALLEST_KLD)
-    margin = STANDARD_ERRORS * figures.kld_mean_se
-    measured = f"mean KLD {figures.kld_mean:.2g}, 99 % {figures.kld_99:.2g}; the bar is {bar:.2g} and {tail_bar:.2g}"
-    if figures.kld_mean - margin > bar:
-        return "different", f"the logits differ by more than the reference's own noise ({measured})"
-    if figures.kld_mean + margin > bar or figures.kld_99 > tail_bar:
-        return "undecided", f"the logits differ by about the reference's own noise ({measured}): more text would tell"
-    if all(tensor.kind == "identical" for tensor in tensors):
-        return "equivalent", "every tensor is byte-identical and the logits agree"
-    return "equivalent", f"the logits agree within the reference's own noise ({measured})"
+def _count(names: tuple[str, ...] | list[str], what: str) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is {what}"
+    return f"{len(names)} tensors are {what}, the first is {names[0]}"
+
+
+def _by_identity(figures: LogitFigures) -> Decision:
+    if figures.kld_mean <= SMALLEST_MEAN_KLD:
+        return "equivalent", "every tensor is byte-identical, config.json and the logits agree"
+    return "undecided", (
+        f"every tensor is byte-identical, but the logits are not the same (mean KLD {figures.kld_mean:.2g}): "
+        "this machine does not compute the same twice"
+    )
+
+
+def _by_logits(different: list[TensorComparison], figures: LogitFigures, floor: LogitFigures) -> Decision:
+    """The rule of the bars, for tensors that are not all identical."""
+    mean_ratio = figures.kld_mean / max(floor.kld_mean, SMALLEST_MEAN_KLD)
+    tail_ratio = figures.kld_99 / max(floor.kld_99, SMALLEST_99_KLD)
+    margin = STANDARD_ERRORS * figures.kld_mean_se / max(floor.kld_mean, SMALLEST_MEAN_KLD)
+    tensors = _account(different)
+    noise = f"{mean_ratio:.3g} times the reference's own noise in the mean and {tail_ratio:.3g} at 99 %"
+    if mean_ratio - margin > NOISE_MULTIPLE:
+        return "different", f"the logits differ by {noise}, and {tensors}"
+    if max(mean_ratio, tail_ratio) > NOISE_MULTIPLE:
+        return "undecided", f"the logits differ by {noise}, too close to {NOISE_MULTIPLE} for this text; {tensors}"
+    if different and max(mean_ratio, tail_ratio) > MATRIX_MULTIPLE:
+        return "undecided", f"{tensors}, and the logits differ by {noise}: about as much as noise, but not noise alone"
+    if any(t.is_table for t in different):
+        return "undecided", f"{tensors}: rows of tokens that the text does not use cannot be judged by its logits"
+    return "equivalent", f"{tensors}, and the logits differ by {noise}"
+
+
+def _account(different: list[TensorComparison]) -> str:
+    if not different:
+        return "every tensor is the expected one within one rounding"
+    return _count([t.name for t in different], "different beyond rounding")
