@@ -85,8 +85,8 @@ def common(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "output_dir": options.output, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
         "learning_rate": options.learning_rate, "num_train_epochs": 1, "max_steps": options.max_steps,
-        "max_grad_norm": 0.3, "logging_steps": 1, "save_strategy": "no", "report_to": [], "bf16": True, "seed": options.seed,
-        "max_length": options.max_length, "disable_tqdm": True,
+        "max_grad_norm": 0.3, "logging_steps": 1, "save_strategy": "no", "report_to": [], "bf16": True,
+        "seed": options.seed, "max_length": options.max_length, "disable_tqdm": True,
     }  # fmt: skip
 
 

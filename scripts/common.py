@@ -98,7 +98,8 @@ def commit() -> str:
 def write_result(file: Path, command: Sequence[str], parts: dict[str, Any]) -> None:
     """Adds `parts` to a result file, each with the command, commit and machine that made it."""
     found = json.loads(file.read_text()) if file.is_file() else {}
-    origin = {"command": shlex.join(command), "commit": commit(), "machine": machine()}
+    shown = [word for n, word in enumerate(command) if "--result" not in command[max(0, n - 1) : n + 1]]
+    origin = {"command": shlex.join(shown), "commit": commit(), "machine": machine()}
     found |= {name: {"made_by": origin, **value} for name, value in parts.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")

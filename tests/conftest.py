@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Qwen2 folder and an adapter for it, built once a session; tests that change one take a copy."""
+"""Shared fixtures: a tiny Qwen2 folder and an adapter for it, built once; tests that change one take a copy."""
 
 from __future__ import annotations
 

@@ -99,11 +99,14 @@ def _nothing_there(path: Path) -> str:
     return f"{path}: not a checkpoint (no {SINGLE_NAME}, no {INDEX_NAME})"
 
 
+def _is_file_name(value: object) -> bool:
+    """Whether `value` names a file in the folder itself, not a path that leads elsewhere."""
+    return isinstance(value, str) and value.isprintable() and Path(value).name == value not in ("", "..")
+
+
 def _read_indexed(path: Path, index: dict[str, object]) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]:
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(v, str) and Path(v).name == v for v in weight_map.values()
-    ):
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
         raise UserError(f"{path / INDEX_NAME}: no usable weight_map", "Copy the index again from where it came from")
     shards = tuple(path / name for name in sorted(set(weight_map.values())))
     present = {file.name for file in path.iterdir() if file.is_file()}

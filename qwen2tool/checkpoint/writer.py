@@ -10,6 +10,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ SIDE_FILES = (
 )
 """What belongs to a checkpoint beside weights and config.json, copied byte for byte."""
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +83,24 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         _sync(partial)
         _swap(partial, target)
-    except OSError as error:
-        if error.errno in FULL_DISK:
+    except Exception as error:
+        number = _system_error(error)
+        if number in FULL_DISK:
             raise UserError(
-                f"{target}: disk full or file too large while writing ({error.strerror})",
+                f"{target}: disk full or file too large while writing ({os.strerror(number)})",
                 "Free some space, or choose an output on another disk",
             ) from None
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _system_error(error: Exception) -> int:
+    """The number of the system's error, 0 for another; safetensors' own writer has it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    text = RUST_OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(text[1]) if text else 0
 
 
 def _sweep(target: Path) -> None:

@@ -23,6 +23,8 @@ from qwen2tool.verify.tensors import TensorComparison
 
 Verdict = Literal["equivalent", "different", "undecided"]
 Decision = tuple[Verdict, str]
+ROUNDING_ADVICE = "what was lost was lost in the rounding of the weights, so store them finer (merge --dtype float32)"
+"""Where a right merge is another function: 0.76 of the update of a 7B trained for 30 steps was lost to bf16."""
 
 
 def decide(
@@ -98,6 +100,8 @@ def _by_logits(different: list[TensorComparison], figures: LogitFigures, floor: 
     margin = STANDARD_ERRORS * figures.kld_mean_se / max(floor.kld_mean, SMALLEST_MEAN_KLD)
     tensors = _account(different)
     noise = f"{mean_ratio:.3g} times the reference's own noise in the mean and {tail_ratio:.3g} at 99 %"
+    if mean_ratio - margin > NOISE_MULTIPLE and not different:
+        return "different", f"the logits differ by {noise}, though {tensors}: {ROUNDING_ADVICE}"
     if mean_ratio - margin > NOISE_MULTIPLE:
         return "different", f"the logits differ by {noise}, and {tensors}"
     if max(mean_ratio, tail_ratio) > NOISE_MULTIPLE:

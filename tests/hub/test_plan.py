@@ -148,8 +148,8 @@ def test_an_incomplete_folder_is_refused(base_copy: Path, tmp_path: Path) -> Non
 
 
 def test_weights_that_nothing_points_to_are_refused(base_copy: Path) -> None:
-    shutil.copy(base_copy / "model-00001-of-00002.safetensors", base_copy / "model.safetensors")
-    with pytest.raises(UserError, match=r"model\.safetensors is no part of the checkpoint"):
+    shutil.copy(base_copy / "model-00001-of-00002.safetensors", base_copy / "consolidated.safetensors")
+    with pytest.raises(UserError, match=r"consolidated\.safetensors is no part of the checkpoint"):
         plan_push(base_copy, REPO)
 
 

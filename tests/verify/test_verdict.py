@@ -43,6 +43,13 @@ def test_the_bar_stands_at_one_and_a_half_floors() -> None:
     assert verdict([ROUNDED], figures(1e-5, tail=1.6e-3)) == "undecided"
 
 
+def test_a_rounding_that_eats_the_update_is_named_as_the_cause() -> None:
+    word, reason = decide(AGREES, [ROUNDED], [], figures(1e-3), FLOOR)
+    assert word == "different"
+    assert "one rounding" in reason and "merge --dtype float32" in reason
+    assert "merge --dtype float32" not in decide(AGREES, [MATRIX], [], figures(1e-3), FLOOR)[1]
+
+
 def test_a_matrix_that_differs_gets_no_benefit_of_the_doubt() -> None:
     assert verdict([MATRIX], figures(0.99e-4)) == "equivalent"
     assert verdict([MATRIX], figures(1.01e-4)) == "undecided"
