@@ -185,6 +185,7 @@ def verify_equivalence(
     max_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Tokens in all.")] = 4096,
     device: Annotated[str, typer.Option(help=CPU_OR_GPU)] = "auto",
+    dtype: Annotated[str, typer.Option(help="What the model is meant to run in: its noise there is the bar.")] = "auto",
     as_json: Json = False,
 ) -> int:
     """Prove that two checkpoints are the same function. Exit code 0 equivalent, 1 different, 2 could not tell."""
@@ -192,7 +193,8 @@ def verify_equivalence(
     from qwen2tool.data.choose import choose_samples
     from qwen2tool.verify.run import verify
 
-    choice = _choice("--adapter-on", adapter_on, ("16bit", "nf4"))
+    base = _choice("--adapter-on", adapter_on, ("16bit", "nf4"))
+    runs_in = _choice("--dtype", dtype, ("auto", "float32", "float16", "bfloat16"))
     folder = resolve(reference)
     samples = choose_samples(folder, text, data, max_length)
     report = verify(
@@ -200,8 +202,9 @@ def verify_equivalence(
         resolve(candidate),
         samples,
         adapter=adapter,
-        adapter_on=choice,
+        adapter_on=base,
         device=_device(device),
+        dtype=None if runs_in == "auto" else runs_in,
         max_tokens=max_tokens,
     )
     if as_json:

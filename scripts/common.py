@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run_command(*arguments: str | Path) -> dict[str, Any]:
         result["report"] = json.loads(done.stdout)
     else:
         result["output"] = done.stdout[-4000:]
-    if done.returncode:
+    if done.returncode > 1:  # 1 is a finding, and in the report
         result["error"] = done.stderr[-1500:]
     return result
 
@@ -100,6 +101,15 @@ def write_result(file: Path, command: Sequence[str], parts: dict[str, Any]) -> N
     found = json.loads(file.read_text()) if file.is_file() else {}
     shown = [word for n, word in enumerate(command) if "--result" not in command[max(0, n - 1) : n + 1]]
     origin = {"command": shlex.join(shown), "commit": commit(), "machine": machine()}
-    found |= {name: {"made_by": origin, **value} for name, value in parts.items()}
+    found |= {name: {"made_by": origin, **_strict(value)} for name, value in parts.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """NaN and Inf as text: JSON has no word for them, and they are what some runs are about."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value

@@ -1,6 +1,6 @@
 """The whole path on a published Qwen2 checkpoint, as JSON: what is whole, what damage costs, what training gives.
 
-    python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts damage            (CPU; minutes for a 0.5B)
+    python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts damage noise      (CPU; minutes for a 0.5B)
     python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts train peers merge (GPU; peers needs trl)
 
 MODEL is a Qwen2 folder or Hub id; --data holds alpaca_en_demo.json and dpo_en_demo.json (LLaMA-Factory's data folder,
@@ -84,13 +84,13 @@ def fitting(options: argparse.Namespace, records: list[Any]) -> list[Any]:
 
 
 def damage(options: argparse.Namespace) -> dict[str, Any]:
-    """inspect --values, the noise of the model against itself, and verify-equivalence of damaged copies."""
+    """inspect --values, the model against itself, and verify-equivalence of damaged copies."""
     from qwen2tool.checkpoint.folder import resolve
     from qwen2tool.demo.damage import damaged_copy
 
     model = resolve(options.model)
     found: dict[str, Any] = {"inspect": run_command("inspect", model, "--values", "--json")}
-    compare = ("--data", options.work / "answers.json", "--max-length", "160", "--json")
+    compare = answers(options)
     found["itself"] = run_command("verify-equivalence", model, model, *compare)
     found["damaged"] = {}
     for name, lost in DAMAGE.items():
@@ -102,6 +102,16 @@ def damage(options: argparse.Namespace) -> dict[str, Any]:
     found["dropped: inspect"] = run_command("inspect", options.work / "damaged", "--json")
     shutil.rmtree(options.work / "damaged")
     return found
+
+
+def noise(options: argparse.Namespace) -> dict[str, Any]:
+    """The model against itself in other arithmetic: eager against sdpa in fp32 (bf16 against fp32 is in `damage`)."""
+    pair = (options.model, options.model)
+    return {"eager against sdpa": run_command("verify-equivalence", *pair, *answers(options), "--dtype", "float32")}
+
+
+def answers(options: argparse.Namespace) -> tuple[str | Path, ...]:
+    return "--data", options.work / "answers.json", "--max-length", "160", "--json"
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +230,7 @@ def greedy_answer(name: str) -> str:
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-PARTS = {"damage": damage, "train": train, "peers": peers, "merge": merge}
+PARTS = {"damage": damage, "noise": noise, "train": train, "peers": peers, "merge": merge}
 
 if __name__ == "__main__":
     main()

@@ -52,7 +52,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(
             snapshot_download(
-                str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]
+                str(name), revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

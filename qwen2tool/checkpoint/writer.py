@@ -67,6 +67,19 @@ def require_free(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target.absolute().parent}: no such folder to write into", "Create it first")
 
 
+def require_apart(target: Path, *sources: Path) -> None:
+    """Passes where replacing `target` deletes none of `sources`, nor the folder one stands in, nor a home folder.
+
+    Raises:
+        UserError: `--overwrite` replaces a whole folder, and this one holds something that is needed.
+    """
+    if not target.exists():
+        return
+    for kept in (*sources, Path.cwd(), Path.home()):
+        if target.resolve() in (kept.resolve(), *kept.resolve().parents):
+            raise UserError(f"{target}: replacing it would delete {kept.resolve()}", "Choose another output")
+
+
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill; it takes the name `target` when the block ends well, and is removed when it does not.

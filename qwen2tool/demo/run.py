@@ -21,7 +21,7 @@ from qwen2tool.assets import (
     split,
 )
 from qwen2tool.checkpoint.folder import resolve
-from qwen2tool.checkpoint.writer import require_free
+from qwen2tool.checkpoint.writer import require_apart, require_free
 from qwen2tool.console import print_table, remark, say
 from qwen2tool.demo.damage import damaged_copy
 from qwen2tool.errors import EXIT_FINDING, UserError
@@ -59,6 +59,7 @@ def run_demo(folder: Path, model: str | None, *, overwrite: bool = False) -> int
         UserError: the folder exists, or the base is unusable.
     """
     require_free(folder, overwrite)
+    require_apart(folder, *([Path(model)] if model and Path(model).exists() else []))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     base = resolve(model) if model else TINY_QWEN2

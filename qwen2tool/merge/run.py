@@ -8,7 +8,6 @@ to PEFT's `merge_and_unload` for plain LoRA with fp32 adapters.
 from __future__ import annotations
 
 import math
-import resource
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -25,12 +24,13 @@ from qwen2tool.checkpoint.writer import (
     Slot,
     atomic_folder,
     copy_side_files,
+    require_apart,
     require_free,
     write_index,
     write_json,
     write_safetensors,
 )
-from qwen2tool.console import Advance, progress
+from qwen2tool.console import Advance, progress, resident_peak
 from qwen2tool.errors import EXIT_FINDING, UserError
 from qwen2tool.merge.plan import FLOATS, MergeDtype, MergePlan, plan_merge
 from qwen2tool.merge.report import MergeReport, Survival
@@ -66,7 +66,7 @@ def merge(
     start = time.perf_counter()
     require_free(out, overwrite)
     plan = plan_merge(base, adapter, dtype, allow_other_base)
-    _require_apart(plan, out)
+    require_apart(out, plan.base.path, plan.adapter.path)
     survival: dict[str, Survival] = {}
     with atomic_folder(out, overwrite) as folder, progress("merging", plan.base.nbytes) as advance:
         _write_shards(plan, folder, survival, advance)
@@ -82,15 +82,8 @@ def merge(
         side_files=tuple(copied),
         notes=plan.notes,
         seconds=time.perf_counter() - start,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=resident_peak(),
     )
-
-
-def _require_apart(plan: MergePlan, out: Path) -> None:
-    """`--overwrite` replaces a whole folder: never one that holds what is being read."""
-    for source in (plan.base.path.resolve(), plan.adapter.path.resolve()):
-        if out.resolve() in (source, *source.parents):
-            raise UserError(f"{out}: replacing it would delete {source}, which is merged", "Choose another output")
 
 
 def _write_shards(plan: MergePlan, folder: Path, survival: dict[str, Survival], advance: Advance) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import statistics
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen2tool import __version__
-from qwen2tool.console import format_bytes, print_table, say
+from qwen2tool.console import format_bytes, print_table, resident_peak, say
 from qwen2tool.training.evaluate import DpoScore, SftScore
 from qwen2tool.training.tasks import Score
 
@@ -56,7 +55,7 @@ def peak_memory() -> tuple[int, str]:
     """(bytes, of what): allocated on the GPU where there is one, else resident in this process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated(), "GPU, allocated"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process, resident"
+    return resident_peak(), "process, resident"
 
 
 def median(values: list[float]) -> float:

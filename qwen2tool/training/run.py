@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import load_tokenizer
-from qwen2tool.checkpoint.writer import require_free, write_json
+from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
 from qwen2tool.console import remark
 from qwen2tool.errors import UserError
 from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
@@ -48,6 +48,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     checkpoint_folder = _resume_point(output) if resume else None
     if not resume:
         require_free(output, overwrite)
+        require_apart(output, *_inputs(settings))
     placement = place(settings)
     checkpoint = open_checkpoint(settings.model)
     require_whole(checkpoint)
@@ -86,6 +87,12 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     )
     write_json(output / "report.json", report.to_json())
     return report
+
+
+def _inputs(settings: TrainSettings) -> list[Path]:
+    """What the run reads and an output that is replaced must not hold."""
+    named = (settings.model, settings.data, settings.adapter, settings.eval_data)
+    return [Path(name) for name in named if name and Path(name).exists()]
 
 
 def _resume_point(output: Path) -> Path:

@@ -29,8 +29,8 @@ class Task(Protocol):
         ...
 
 
-class SftTask:
-    """Supervised fine-tuning: samples in, mean NLL out."""
+class _Common:
+    """What both tasks hold: the settings, the model and where it is, the records."""
 
     def __init__(
         self,
@@ -43,6 +43,10 @@ class SftTask:
     ) -> None:
         self._settings, self._model, self._placement, self._pad_id = settings, model, placement, pad_id
         self._train, self._held_out = train, held_out
+
+
+class SftTask(_Common):
+    """Supervised fine-tuning: samples in, mean NLL out."""
 
     def trainer(self, **options: Any) -> GuardedTrainer:
         """See Task."""
@@ -61,22 +65,13 @@ class SftTask:
         return sft_score(self._model, self._held_out.items, self._pad_id, self._placement, self._settings.batch_size)
 
 
-class DpoTask:
+class DpoTask(_Common):
     """Preference tuning: pairs in, rewards against the reference out."""
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        model: Any,
-        placement: Placement,
-        pad_id: int,
-        train: Records,
-        held_out: Records | None,
-    ) -> None:
-        self._settings, self._model, self._placement, self._pad_id = settings, model, placement, pad_id
-        self._train, self._held_out = train, held_out
-        self._train_reference = self._log_probs(train)
-        self._held_out_reference = self._log_probs(held_out) if held_out else []
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._train_reference = self._log_probs(self._train)
+        self._held_out_reference = self._log_probs(self._held_out) if self._held_out else []
 
     def _log_probs(self, records: Records) -> list[tuple[float, float]]:
         return pair_log_probs(self._model, records.items, self._pad_id, self._placement, self._settings.batch_size)

@@ -240,7 +240,7 @@ def test_existing_output(base_folder, adapter_folder, tmp_path):
 def test_overwrite_never_replaces_what_is_read(base_copy, adapter_folder, tmp_path):
     adapter = shutil.copytree(adapter_folder, tmp_path / "adapter")
     for out in (base_copy, adapter, tmp_path):
-        with pytest.raises(UserError, match="which is merged"):
+        with pytest.raises(UserError, match="replacing it would delete"):
             merge(base_copy, adapter, out, overwrite=True)
     assert open_checkpoint(base_copy) and (adapter / "adapter_config.json").is_file()
 

@@ -14,7 +14,7 @@ from qwen2tool.merge.run import merge
 from tests.merge.common import same_bytes, tensors_of
 
 WIDE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import torch
 from qwen2tool.checkpoint.adapter import delta, open_adapter
@@ -22,14 +22,12 @@ from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.geometry import expected_tensors, geometry
 from qwen2tool.checkpoint.reader import read_tensor
 from qwen2tool.checkpoint.writer import Slot, write_safetensors
+from qwen2tool.console import resident_peak as peak
 from qwen2tool.merge.run import merge
 from tests.merge.common import write_plain_adapter
 
 torch.set_num_threads(1)
 folder, small_base, small_adapter = map(Path, sys.argv[1:])
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 base = folder / "base"
 base.mkdir()

@@ -153,13 +153,14 @@ def test_blocks_do_not_show(monkeypatch):
 
 
 MEMORY = """
-import resource, sys
+import sys
 sys.path[:0] = sys.argv[1:3]
 import make_checkpoint as maker
+from qwen2tool.console import resident_peak
 maker.BLOCK = int(sys.argv[3])
 slot = maker.Slot(name="model.embed_tokens.weight", dtype="BF16", shape=(151936, 512))
 config = maker.published_config("qwen1.5-0.5b")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+peak = lambda: resident_peak() / 1e6
 list(maker.numbers(maker.Slot(name="x.bias", dtype="BF16", shape=(1000,)), config, maker.Draw()))
 before = peak()
 for block in maker.numbers(slot, config, maker.Draw()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -178,6 +179,19 @@ def test_output_that_exists_is_left_alone(base_folder, sft):
     with pytest.raises(UserError, match="already exists"):
         train(settings_for(base_folder, sft))
     assert [p.name for p in (sft / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("inside", ["adapter", "data", "model"])
+def test_overwriting_never_deletes_what_the_run_reads(base_copy, adapter_folder, sft, inside):
+    (sft / "run").mkdir()
+    sources = {"adapter": adapter_folder, "data": sft / "data.jsonl", "model": base_copy}
+    real = sft / "run" / "needed"
+    copy = shutil.copytree if sources[inside].is_dir() else shutil.copyfile
+    copy(sources[inside], real)
+    changes = {inside: str(real)}
+    with pytest.raises(UserError, match="replacing it would delete"):
+        train(settings_for(base_copy, sft, **changes), overwrite=True)
+    assert real.exists()
 
 
 def test_records_whose_answer_does_not_fit_stop_the_run_or_are_left_out_by_request(base_folder, sft):
