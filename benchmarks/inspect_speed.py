@@ -111,7 +111,11 @@ def measure(command: list[str], folder: Path, runs: int) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    return {"python": platform.python_version(), "system": platform.platform(), "cpus": os.cpu_count()}
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+    }
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import tiny_model
 import tiny_tokenizer
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +38,8 @@ def parse_args() -> argparse.Namespace:
     """The flags; sizes by default stay within the folder's limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with LLaMA-Factory's demo data")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write; must not exist")
+    parser.add_argument("--out", type=Path, help="model folder to write; must not exist")
+    parser.add_argument("--measure", type=Path, help="train nothing; report the perplexities of this folder")
     parser.add_argument("--report", type=Path, default=Path("train_report.json"), help="measurements, as JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on CUDA")
@@ -219,10 +221,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def remeasure(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexities of a folder that was written before, on the same held-out text."""
+    _, validation = tiny_tokenizer.split_documents(
+        tiny_tokenizer.load_documents(args.data), fraction=0.04, seed=args.split_seed
+    )
+    tokenizer = Tokenizer.from_file(str(args.measure / "tokenizer.json"))
+    kinds = {"plain": [d for d in validation if not d.is_chat], "chat": [d for d in validation if d.is_chat]}
+    texts = {"validation": validation, **kinds}
+    streams = {n: torch.tensor(tiny_tokenizer.encode(tokenizer, d), device=args.device) for n, d in texts.items()}
+    return measure(args.measure, streams, args)
+
+
 def main() -> None:
     """Run, print the bias table, write the report."""
     args = parse_args()
-    if args.out.exists():
+    if args.measure is None and args.out is None:
+        raise SystemExit("name --out, or --measure with a folder that exists")
+    if args.out is not None and args.out.exists():
         raise SystemExit(f"--out {args.out} exists: remove it or choose another folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -231,13 +247,13 @@ def main() -> None:
     # cuDNN's attention backward returned NaN for keys with large biases (torch 2.11, H100).
     torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.utils.logging.disable_progress_bar()
-    report = run(args)
+    report = run(args) if args.measure is None else remeasure(args)
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for label, value in report["perplexity_with_biases_dropped"].items():
         print(f"dropped {label:5} perplexity {value:14.2f}  ratio {report['ratio_with_biases_dropped'][label]:10.2f}")
     by_kind = ", ".join(f"{kind} {value:.2f}" for kind, value in report["perplexity_by_kind"].items())
-    print(f"{by_kind}, bf16 arithmetic {report['perplexity_bf16_arithmetic']:.2f}, {report['folder_bytes']:,} bytes")
+    print(f"{by_kind}, bf16 arithmetic {report['perplexity_bf16_arithmetic']:.2f}")
 
 
 if __name__ == "__main__":

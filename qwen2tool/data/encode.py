@@ -43,7 +43,7 @@ def encode_conversation(
             ids += piece
             scored += [counts] * len(piece)
         done = context + answer + tail
-    return Sample(ids=tuple(ids[:max_length]), scored=tuple(scored[:max_length]), record=record)
+    return Sample(ids=tuple(ids), scored=tuple(scored), record=record).shortened(max_length)
 
 
 def encode_preference(
@@ -55,9 +55,8 @@ def encode_preference(
         messages = (*preference.prompt, {"role": "assistant", "content": answer})
         context, answer, _ = _cut(tokenizer, messages, preference.where)
         prompt_ids, answer_ids = tokenize(tokenizer, context), tokenize(tokenizer, answer)
-        ids = (prompt_ids + answer_ids)[:max_length]
-        scored = ([False] * len(prompt_ids) + [True] * len(answer_ids))[:max_length]
-        return Sample(ids=tuple(ids), scored=tuple(scored), record=record)
+        scored = [False] * len(prompt_ids) + [True] * len(answer_ids)
+        return Sample(ids=(*prompt_ids, *answer_ids), scored=tuple(scored), record=record).shortened(max_length)
 
     return one(preference.chosen), one(preference.rejected)
 
@@ -86,7 +85,9 @@ def require_targets(samples: Iterable[Sample], places: Sequence[str], max_length
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of `text`, special tokens of the template recognised, none added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # lengths are our matter
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> tuple[str, str, str]:

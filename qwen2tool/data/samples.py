@@ -19,3 +19,7 @@ class Sample:
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
     record: int
+
+    def shortened(self, length: int) -> Sample:
+        """The first `length` tokens."""
+        return Sample(ids=self.ids[:length], scored=self.scored[:length], record=self.record)

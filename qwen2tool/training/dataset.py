@@ -35,23 +35,27 @@ def read_records(tokenizer: PreTrainedTokenizerBase, file: Path, settings: Train
     Raises:
         UserError: malformed data, or a record without a token that carries loss (unless `skip_too_long`).
     """
-    items: list[tuple[Sample, ...]]
-    if settings.task == "sft":
-        conversations = read_conversations(file)
-        places = [conversation.where for conversation in conversations]
-        items = [
-            (encode_conversation(tokenizer, conversation, n, settings.max_length),)
-            for n, conversation in enumerate(conversations)
-        ]
-    else:
-        preferences = read_preferences(file)
-        places = [preference.where for preference in preferences]
-        items = [encode_preference(tokenizer, p, n, settings.max_length) for n, p in enumerate(preferences)]
-    kept = [item for item in items if all(any(sample.scored[1:]) for sample in item)]
+    length = settings.max_length
+    encoded, places = _encode(tokenizer, file, settings.task, length + 1)  # one more shows what is cut
+    items = [tuple(sample.shortened(length) for sample in item) for item in encoded]
     if not settings.skip_too_long:
-        require_targets((sample for item in items for sample in item), places, settings.max_length)
-    if not kept:
-        raise UserError(f"{file}: no record's answer fits into max_length {settings.max_length}", "Raise --max-length")
-    cut = sum(any(len(sample.ids) == settings.max_length for sample in item) for item in kept)
-    flat = [item[0] for item in kept] if settings.task == "sft" else kept
-    return Records(items=list(flat), places=places, skipped=len(items) - len(kept), cut=cut)
+        require_targets((sample for item in items for sample in item), places, length)
+    fits = [all(any(sample.scored[1:]) for sample in item) for item in items]
+    if not any(fits):
+        raise UserError(f"{file}: no record's answer fits into max_length {length}", "Raise --max-length")
+    cut = sum(fit and any(len(sample.ids) > length for sample in item) for fit, item in zip(fits, encoded, strict=True))
+    kept = [item if settings.task == "dpo" else item[0] for fit, item in zip(fits, items, strict=True) if fit]
+    return Records(items=kept, places=places, skipped=fits.count(False), cut=cut)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, file: Path, task: str, length: int
+) -> tuple[list[tuple[Sample, ...]], list[str]]:
+    """(one sample a record for SFT, chosen and rejected for DPO; where each record stands)."""
+    if task == "sft":
+        conversations = read_conversations(file)
+        samples = [(encode_conversation(tokenizer, c, n, length),) for n, c in enumerate(conversations)]
+        return list(samples), [conversation.where for conversation in conversations]
+    preferences = read_preferences(file)
+    pairs = [encode_preference(tokenizer, p, n, length) for n, p in enumerate(preferences)]
+    return list(pairs), [preference.where for preference in preferences]

@@ -18,7 +18,10 @@ from qwen2tool.training.tasks import Score
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """Figures of one run. Times in seconds, memory in bytes, losses in nats; `eval_*` are None without `eval_data`."""
+    """Figures of one run. Times in seconds, memory in bytes, losses in nats; `eval_*` are None without `eval_data`.
+
+    `first_loss` and `last_loss` are means over the first and last tenth of what was logged.
+    """
 
     task: str
     output: str
@@ -63,11 +66,17 @@ def median(values: list[float]) -> float:
     return statistics.median(values[1:] or values or [0.0])
 
 
+def ends(losses: list[float]) -> tuple[float, float]:
+    """Means of the first and of the last tenth: one batch's loss says more about the batch than about the model."""
+    tenth = max(1, len(losses) // 10)
+    return statistics.mean(losses[:tenth]), statistics.mean(losses[-tenth:])
+
+
 def print_report(report: TrainReport) -> None:
     """The figures a user looks for first."""
     say(f"adapter: {report.output}/adapter")
     rows: list[tuple[object, ...]] = [
-        ("loss, first and last step", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"),
+        ("loss, first and last tenth", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"),
         ("steps", f"{report.steps} ({report.step_seconds:.3g} s each, {report.seconds:.0f} s in all)"),
         ("records", f"{report.records} used, {report.cut} cut at max_length, {report.skipped} left out"),
         ("trainable parameters", f"{report.trainable_parameters:,}"),

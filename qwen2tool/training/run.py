@@ -6,6 +6,7 @@ Nothing is written before the inputs have passed; the adapter appears whole at t
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from pathlib import Path
@@ -17,14 +18,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.inventory import require_whole
-from qwen2tool.checkpoint.load import load_tokenizer
+from qwen2tool.checkpoint.load import load_tokenizer, quiet_transformers
 from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
 from qwen2tool.console import remark
 from qwen2tool.errors import UserError
 from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
 from qwen2tool.training.dataset import Records, read_records
 from qwen2tool.training.model import Placement, place, save_adapter, trainable_model
-from qwen2tool.training.report import TrainReport, environment, median, peak_memory
+from qwen2tool.training.report import TrainReport, ends, environment, median, peak_memory
 from qwen2tool.training.settings import TrainSettings
 from qwen2tool.training.tasks import DpoTask, SftTask, Task
 from qwen2tool.training.trainer import GuardedTrainer, last_checkpoint
@@ -44,6 +45,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     Raises:
         UserError: anything in the input that stands in the way, or a loss or gradient that is not finite.
     """
+    _require_one_process()
     start, output = time.perf_counter(), Path(settings.output)
     checkpoint_folder = _resume_point(output) if resume else None
     if not resume:
@@ -66,7 +68,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     after = task.score()
     save_adapter(model, checkpoint, settings.model, output / "adapter", overwrite=resume)
     memory, memory_of = peak_memory()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    first, last = ends([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     report = TrainReport(
         task=settings.task,
         output=str(output),
@@ -75,8 +77,8 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         skipped=records.skipped,
         cut=records.cut,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        first_loss=losses[0],
-        last_loss=losses[-1],
+        first_loss=first,
+        last_loss=last,
         seconds=time.perf_counter() - start,
         step_seconds=median(clock.seconds),
         peak_memory=memory,
@@ -87,6 +89,14 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     )
     write_json(output / "report.json", report.to_json())
     return report
+
+
+def _require_one_process() -> None:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UserError(
+            f"WORLD_SIZE is {processes}: several processes would write one output", "Start it as one process"
+        )
 
 
 def _inputs(settings: TrainSettings) -> list[Path]:
@@ -169,7 +179,8 @@ def _arguments(settings: TrainSettings, placement: Placement, output: Path) -> T
 def _run(trainer: GuardedTrainer, checkpoint_folder: Path | None) -> None:
     """The Trainer's loop; the bar is taken away also when it stops half-way."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint_folder) if checkpoint_folder else None)
+        with quiet_transformers():  # it remarks on file systems and renamings; the guard speaks for itself
+            trainer.train(resume_from_checkpoint=str(checkpoint_folder) if checkpoint_folder else None)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):

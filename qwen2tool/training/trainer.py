@@ -38,6 +38,8 @@ class GuardedTrainer(Trainer):
         self.where = Whereabouts(places)
         # Makes Trainer count the labels of the whole accumulated batch and hand the number to compute_loss.
         self.model_accepts_loss_kwargs = True
+        # Trainer would spread one process over all visible GPUs (DataParallel), which NF4 layers are not made for.
+        self.args._n_gpu = min(self.args.n_gpu, 1)
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:

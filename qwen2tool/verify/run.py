@@ -122,7 +122,7 @@ def _first(samples: Sequence[Sample], max_tokens: int, reference: Checkpoint) ->
     chosen: list[Sample] = []
     room = max_tokens
     for sample in samples:
-        kept = Sample(ids=sample.ids[:room], scored=sample.scored[:room], record=sample.record)
+        kept = sample.shortened(room)
         largest, known = max(kept.ids, default=0), reference.geometry.vocab_size
         if largest >= known:
             raise UserError(

@@ -29,7 +29,7 @@ def outcome(tmp_path_factory):
 def test_the_closing_table_shows_learning_and_proof(outcome):
     result, _ = outcome
     assert result.code == 0, result.err
-    before, after = numbers(result.out, "SFT loss, first and last step")
+    before, after = numbers(result.out, "SFT loss, first and last tenth of the steps")
     assert after < before - 0.5
     before, after = numbers(result.out, "perplexity on held-out instructions (SFT)")
     assert after < 0.8 * before

@@ -203,3 +203,10 @@ def test_records_whose_answer_does_not_fit_stop_the_run_or_are_left_out_by_reque
     assert not (sft / "run").exists()
     report = train(settings_for(base_folder, sft, max_length=250, skip_too_long=True))
     assert (report.records, report.skipped) == (12, 1)
+
+
+def test_several_processes_are_refused(base_folder, sft, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2"):
+        train(settings_for(base_folder, sft))
+    assert not (sft / "run").exists()
