@@ -237,7 +237,9 @@ def push(
     from qwen2tool.hub.push import push as run
 
     result = run(plan, private=private, revision=revision)
-    say(f"pushed: {result.url}")
+    say(f"pushed: {result.url} at {result.commit}")
+    for name in result.removed:
+        say(f"removed, from an earlier push: {name}")
 
 
 @app.command()
