@@ -26,6 +26,7 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 CPU_OR_GPU = "auto, cpu or cuda."
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -35,10 +36,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # Typer turns Ctrl-C into this code and says nothing
+            _complain("interrupted. A training run that saved checkpoints goes on with --resume.")
     except UserError as error:
         code = _complain(str(error), error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _complain("interrupted.", 130)
     except OSError as error:
         code = _complain(
             f"{error.filename or 'system'}: {error.strerror or error}. Check the path and its permissions."

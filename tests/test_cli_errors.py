@@ -239,6 +239,25 @@ def test_killed_while_merging(tmp_path):
     assert not list(tmp_path.glob(".out.partial-*"))
 
 
+def test_interrupted_while_training(base_folder, tmp_path):
+    """Ctrl-C: one line and the shell's own exit code; what was logged stays, no adapter appears."""
+    data = write_instructions(tmp_path / "data.jsonl", 8)
+    out = tmp_path / "out"
+    process = in_subprocess(
+        "train", "--model", base_folder, "--data", data, "--output", out, "--epochs", "5000", "--device", "cpu",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in err
+    assert any(line.startswith("error: interrupted.") for line in err.splitlines())
+    assert not (out / "adapter").exists()
+
+
 def test_full_disk_while_saving_the_adapter(base_folder, tmp_path):
     data = write_instructions(tmp_path / "data.jsonl", 4)
     out = tmp_path / "out"

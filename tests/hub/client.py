@@ -28,10 +28,19 @@ def push_from_shell(
     """What `push` returned as a dict, or {"error", "code"}; `home` holds the client's cache and no token."""
     job = home / "job.pickle"
     job.write_bytes(pickle.dumps((what, options)))
+    run = from_shell(home, endpoint, "tests.hub.client", str(job), env=env)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def from_shell(
+    home: Path, endpoint: str, module: str, *arguments: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGUMENTS` with the client pointed at `endpoint`."""
     ours = {"HF_ENDPOINT": endpoint, "HF_TOKEN": "writer", "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
     outside = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.hub.client", str(job)],
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
         env=outside | ours | {"NO_PROXY": "*"} | (env or {}),
         capture_output=True,
@@ -39,8 +48,6 @@ def push_from_shell(
         timeout=120,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 def main(job: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen2tool.errors import EXIT_FINDING
 from qwen2tool.hub.plan import PushPlan, plan_push
-from tests.hub.client import REPO, push_from_shell
+from tests.hub.client import REPO, from_shell, push_from_shell
 from tests.hub.server import Hub, running_hub
 from tests.tiny import write_shards
 
@@ -52,6 +52,21 @@ def test_the_hub_holds_exactly_the_planned_bytes(hub: Hub, plan: PushPlan, tmp_p
     assert commits(hub) == 1
     assert hub.repos[REPO].private is False
     assert sum("/resolve/" in request for request in hub.requests) == 2  # one ranged read a shard
+
+
+def test_the_command_line_sends_the_same_bytes(
+    hub: Hub, plan: PushPlan, base_folder: Path, base_copy: Path, tmp_path: Path
+) -> None:
+    command = ("qwen2tool", "push", str(base_folder), REPO)
+    dry = from_shell(tmp_path, hub.url, *command, "--dry-run")
+    assert dry.returncode == 0 and hub.requests == []
+    done = from_shell(tmp_path, hub.url, *command, "--private", "--revision", "trial")
+    assert done.returncode == 0, done.stderr
+    assert on_hub(hub, "trial") == sent(plan) and hub.repos[REPO].private
+    assert f"pushed: {hub.url}/{REPO}/tree/trial at {hub.repos[REPO].branches['trial']}" in done.stdout
+    (base_copy / "config.json").unlink()
+    broken = from_shell(tmp_path, hub.url, "qwen2tool", "push", str(base_copy), REPO)
+    assert broken.returncode == 2 and broken.stderr.startswith("error: ") and commits(hub) == 1
 
 
 def test_pushing_the_same_again_makes_no_commit(hub: Hub, plan: PushPlan, tmp_path: Path) -> None:
