@@ -27,6 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON ins
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 CPU_OR_GPU = "auto, cpu or cuda."
 INTERRUPTED = 130
+SMALLER = "In training lower --batch-size or --max-length, or pass --quantize nf4; else use a larger machine."
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -45,9 +46,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             f"{error.filename or 'system'}: {error.strerror or error}. Check the path and its permissions."
         )
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what Typer raises for wrong flags has one
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            code = _complain(f"memory ran out ({str(error).splitlines()[0][:120] if str(error) else 'RAM'}). {SMALLER}")
+        elif hasattr(error, "format_message"):  # what Typer raises for wrong flags
+            code = _complain(f"{error.format_message()} See qwen2tool --help.")
+        else:
             raise
-        code = _complain(f"{error.format_message()} See qwen2tool --help.")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -183,8 +187,8 @@ def verify_equivalence(
     adapter_on: Annotated[str, typer.Option(help="16bit, or nf4: the function that QLoRA trained.")] = "16bit",
     text: Annotated[Path | None, typer.Option(help="Plain text to compare on.")] = None,
     data: Annotated[Path | None, typer.Option(help="Instruction records to compare on, answers scored.")] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens in all.")] = 4096,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 4096,
     device: Annotated[str, typer.Option(help=CPU_OR_GPU)] = "auto",
     dtype: Annotated[str, typer.Option(help="What the model is meant to run in: its noise there is the bar.")] = "auto",
     as_json: Json = False,

@@ -124,6 +124,8 @@ def test_damaged_checkpoint_is_found_by_inspect(base_copy, damage, words):
         (("merge", "BASE", "BASE", "out"), ["not a PEFT adapter"]),
         (("verify-equivalence", "BASE", "nowhere"), ["nowhere"]),
         (("verify-equivalence", "BASE", "BASE", "--text", "nowhere"), ["nowhere", "no such file"]),
+        (("verify-equivalence", "BASE", "BASE", "--max-tokens", "0"), ["--max-tokens"]),
+        (("verify-equivalence", "BASE", "BASE", "--text", "x", "--data", "y"), ["--text and --data"]),
         (("push", "EMPTY", "me/model", "--dry-run"), ["EMPTY"]),
         (("train", "--model", "BASE", "--output", "out"), ["--data is missing"]),
         (("train", "--model", "BASE", "--data", "nowhere", "--output", "out"), ["nowhere", "no such file"]),

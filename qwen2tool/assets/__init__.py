@@ -15,5 +15,5 @@ HELD_OUT_PREFERENCES = 25
 
 def split(file: Path, held_out: int) -> tuple[str, str]:
     """(training lines, held-out lines) of a bundled JSONL file, as text."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return "".join(lines[:-held_out]), "".join(lines[-held_out:])
+    lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return "\n".join(lines[:-held_out]) + "\n", "\n".join(lines[-held_out:]) + "\n"

@@ -97,8 +97,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"{path}: no tokenizer (tokenizer.json)", "Copy the tokenizer files of the original model into the folder"
         )
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # a damaged file surfaces as whatever its parser raises
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: the tokenizer cannot be loaded ({reason})", "Copy its files again") from None
     if not tokenizer.chat_template:
         raise UserError(
             f"{path}: the tokenizer has no chat template",

@@ -92,8 +92,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _cut(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> tuple[str, str, str]:
     """(context with generation prompt, answer with its end token, white space behind it) of a chat's last turn."""
-    context = _render(tokenizer, messages[:-1], True)
-    whole = _render(tokenizer, messages, False)
+    context = _render(tokenizer, messages[:-1], True, where)
+    if context == _render(tokenizer, messages[:-1], False, where):
+        raise UserError(f"{where}: the chat template has no generation prompt", "Use a ChatML template, as Qwen's are")
+    whole = _render(tokenizer, messages, False, where)
     if not whole.startswith(context):
         raise UserError(
             f"{where}: the chat template's generation prompt is no prefix of its answer", "Use a plain ChatML template"
@@ -103,6 +105,16 @@ def _cut(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where:
     return context, answer, rest[len(answer) :]
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool) -> str:
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool, where: str
+) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{where}: the chat template refuses it ({reason})", "Change the record or the template"
+        ) from None
     return str(text)

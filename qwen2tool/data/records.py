@@ -82,7 +82,7 @@ def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         yield from ((f"{file} record {n}", record) for n, record in enumerate(_parse(file, text, ""), 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts at U+2028, which JSON allows in text
         if line.strip():
             where = f"{file} line {number}"
             yield where, _parse(file, line, f" line {number}")
@@ -99,19 +99,22 @@ def _parse(file: Path, text: str, place: str) -> Any:
 
 def _conversation(record: dict[str, Any], where: str) -> Conversation:
     if "messages" in record:
-        messages = _messages(record["messages"], where)
+        messages = _with_system(record, _messages(record["messages"], where), where)
     elif "conversations" in record:
-        messages = _with_system(record, _messages(record["conversations"], where))
+        messages = _with_system(record, _messages(record["conversations"], where), where)
     elif "instruction" in record or "output" in record:
         question = "\n".join(text for key in ("instruction", "input") if (text := _text(record, key, where)))
         if not question:
             raise UserError(f"{where}: no instruction", SFT_SHAPES)
         answer = {"role": "assistant", "content": _text(record, "output", where)}
-        messages = _with_system(record, [{"role": "user", "content": question}, answer])
+        turns = [*_history(record, where), {"role": "user", "content": question}, answer]
+        messages = _with_system(record, turns, where)
     else:
         raise UserError(f"{where}: keys {sorted(record)[:6]} are of no known shape", SFT_SHAPES)
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         raise UserError(f"{where}: the record has no answer", "Give it one or remove it")
+    if next(message["role"] for message in messages if message["role"] != "system") != "user":
+        raise UserError(f"{where}: an answer stands before any question", "Begin the record with a user's turn")
     return Conversation(messages=tuple(messages), where=where)
 
 
@@ -124,8 +127,9 @@ def _preference(record: dict[str, Any], where: str) -> Preference:
     )
     if chosen_context != rejected_context:
         raise UserError(f"{where}: chosen and rejected answer different prompts", "Pair answers to one prompt")
-    # Lists that repeat the whole conversation carry the prompt themselves; then it is the exact one.
-    prompt = chosen_context or prompt
+    if chosen_context and prompt and prompt[-len(chosen_context) :] != chosen_context:
+        raise UserError(f"{where}: prompt and answers hold different conversations", "Give the prompt once")
+    prompt = prompt or chosen_context  # lists that repeat the conversation carry the prompt themselves
     if not prompt or prompt[-1]["role"] != "user":
         raise UserError(f"{where}: no prompt that ends with a user's turn", DPO_SHAPES)
     if chosen == rejected:
@@ -138,7 +142,21 @@ def _prompt(record: dict[str, Any], where: str) -> list[Message]:
     if prompt is None:
         return []
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt, where)
-    return _with_system(record, messages)
+    return _with_system(record, messages, where)
+
+
+def _history(record: dict[str, Any], where: str) -> list[Message]:
+    """Earlier turns of an alpaca record: a list of [question, answer]."""
+    history = record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs:
+        raise UserError(f"{where}: history is no list of [question, answer]", SFT_SHAPES)
+    roles = ("user", "assistant")
+    return [
+        _message({"role": role, "content": text}, where, number)
+        for number, pair in enumerate(history, 1)
+        for role, text in zip(roles, pair, strict=True)
+    ]
 
 
 def _answer(value: Any, where: str, side: str) -> tuple[list[Message], str]:
@@ -152,9 +170,9 @@ def _answer(value: Any, where: str, side: str) -> tuple[list[Message], str]:
     return messages[:-1], messages[-1]["content"]
 
 
-def _with_system(record: dict[str, Any], messages: list[Message]) -> list[Message]:
-    system = record.get("system")
-    return [{"role": "system", "content": system}, *messages] if isinstance(system, str) and system else messages
+def _with_system(record: dict[str, Any], messages: list[Message], where: str) -> list[Message]:
+    system = _text(record, "system", where)
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
 
 def _messages(value: Any, where: str) -> list[Message]:
@@ -166,16 +184,25 @@ def _messages(value: Any, where: str) -> list[Message]:
 def _message(item: Any, where: str, number: int) -> Message:
     role = item.get("role", item.get("from")) if isinstance(item, dict) else None
     content = item.get("content", item.get("value")) if isinstance(item, dict) else None
-    if role not in ROLES or not isinstance(content, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str):
         raise UserError(
             f"{where}: message {number} has role {role!r} and content of type {type(content).__name__}",
             'Use roles "system", "user" and "assistant" with text as content',
         )
-    return {"role": ROLES[role], "content": content}
+    return {"role": ROLES[role], "content": _encodable(content, where)}
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key) or ""
     if not isinstance(value, str):
         raise UserError(f"{where}: {key!r} is a {type(value).__name__}, not text", SFT_SHAPES)
-    return value
+    return _encodable(value, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON may escape half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half a character (a lone surrogate)", "Repair the text") from None
+    return text

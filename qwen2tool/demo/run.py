@@ -20,7 +20,9 @@ from qwen2tool.assets import (
     TINY_QWEN2,
     split,
 )
-from qwen2tool.checkpoint.folder import resolve
+from qwen2tool.checkpoint.folder import open_checkpoint, resolve
+from qwen2tool.checkpoint.inventory import require_whole
+from qwen2tool.checkpoint.load import load_tokenizer
 from qwen2tool.checkpoint.writer import require_apart, require_free
 from qwen2tool.console import print_table, remark, say
 from qwen2tool.demo.damage import damaged_copy
@@ -62,9 +64,12 @@ def run_demo(folder: Path, model: str | None, *, overwrite: bool = False) -> int
     """
     require_free(folder, overwrite)
     require_apart(folder, *([Path(model)] if model and Path(model).exists() else []))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     base = resolve(model) if model else TINY_QWEN2
+    require_whole(open_checkpoint(base))
+    load_tokenizer(base)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
     demo = _Demo(folder, base, str(model or base))
     demo.write_data()
     steps = (
@@ -210,7 +215,8 @@ class _Demo:
     def sound(self) -> bool:
         """Whether the good model passed everything and the broken one nothing."""
         good, broken = self.reports["merged"], self.reports["broken"]
-        refused = all(self.refused.values()) and broken.verdict == "different"
+        about_biases = all(reason and "biases" in reason for reason in self.refused.values())
+        refused = about_biases and broken.verdict == "different"
         return bool(refused and good.verdict == "equivalent" and self.accepted == set(self.refused))
 
     def print_closing_table(self) -> None:

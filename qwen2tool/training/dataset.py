@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TOO_LONG = "Raise --max-length, or pass --skip-too-long to leave such records out"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """Samples (SFT) or pairs of them (DPO); `places[sample.record]` names a record of the file.
@@ -40,7 +43,11 @@ def read_records(tokenizer: PreTrainedTokenizerBase, file: Path, settings: Train
     items = [tuple(sample.shortened(length) for sample in item) for item in encoded]
     if not settings.skip_too_long:
         require_targets((sample for item in items for sample in item), places, length)
-    fits = [all(any(sample.scored[1:]) for sample in item) for item in items]
+    # A pair whose answers differ only behind the cut prefers nothing: its loss is ln 2 and its gradient zero for ever.
+    fits = [all(any(s.scored[1:]) for s in item) and len({s.ids for s in item}) == len(item) for item in items]
+    if not all(fits) and not settings.skip_too_long:
+        where = places[items[fits.index(False)][0].record]
+        raise UserError(f"{where}: chosen and rejected are the same up to max_length {length}", TOO_LONG)
     if not any(fits):
         raise UserError(f"{file}: no record's answer fits into max_length {length}", "Raise --max-length")
     cut = sum(fit and any(len(sample.ids) > length for sample in item) for fit, item in zip(fits, encoded, strict=True))

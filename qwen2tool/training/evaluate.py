@@ -15,7 +15,7 @@ from qwen2tool.data.samples import Sample
 from qwen2tool.routing.attention import safe_attention
 from qwen2tool.training.batches import collate_samples
 from qwen2tool.training.forward import answer_log_probs, score, sum_nll
-from qwen2tool.training.losses import dpo_sigmoid
+from qwen2tool.training.losses import dpo_sigmoid, reward_accuracy
 from qwen2tool.training.model import Placement
 
 Pair = tuple[Sample, Sample]
@@ -90,7 +90,7 @@ def dpo_score(
     per_token = mine / lengths
     return DpoScore(
         loss=terms.loss.mean().item(),
-        accuracy=((margins > 0).float() + 0.5 * (margins == 0).float()).mean().item(),
+        accuracy=reward_accuracy(terms).mean().item(),
         margin=margins.mean().item(),
         preferred=(per_token[:, 0] > per_token[:, 1]).float().mean().item(),
         pairs=len(pairs),

@@ -35,6 +35,11 @@ class DpoTerms(NamedTuple):
     rewards_rejected: torch.Tensor
 
 
+def reward_accuracy(terms: DpoTerms) -> torch.Tensor:
+    """(B,): 1 where the chosen side has the higher reward, 0.5 for a tie (which is what a coin would score), else 0."""
+    return (1 + torch.sign(terms.rewards_chosen - terms.rewards_rejected)) / 2
+
+
 def dpo_sigmoid(
     chosen: torch.Tensor,
     rejected: torch.Tensor,

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from qwen2tool.checkpoint.folder import open_checkpoint
+from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint
 from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import load_tokenizer, quiet_transformers
 from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
@@ -26,9 +27,17 @@ from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
 from qwen2tool.training.dataset import Records, read_records
 from qwen2tool.training.model import Placement, place, save_adapter, trainable_model
 from qwen2tool.training.report import TrainReport, ends, environment, median, peak_memory
+from qwen2tool.training.resume import (
+    describe_inputs,
+    forget_later_metrics,
+    keep_inputs,
+    require_same_inputs,
+    resume_point,
+    step_of,
+)
 from qwen2tool.training.settings import TrainSettings
 from qwen2tool.training.tasks import DpoTask, SftTask, Task
-from qwen2tool.training.trainer import GuardedTrainer, last_checkpoint
+from qwen2tool.training.trainer import GuardedTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,28 +56,35 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     """
     _require_one_process()
     start, output = time.perf_counter(), Path(settings.output)
-    checkpoint_folder = _resume_point(output) if resume else None
+    checkpoint_folder = resume_point(output, settings) if resume else None
     if not resume:
         require_free(output, overwrite)
         require_apart(output, *_inputs(settings))
     placement = place(settings)
+    _require_trackers(settings)
     checkpoint = open_checkpoint(settings.model)
     require_whole(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
     records, held_out = _read_both(tokenizer, settings)
+    _require_known_tokens(records, checkpoint)
+    inputs = describe_inputs(checkpoint, settings)
+    if resume:
+        require_same_inputs(output, inputs)
     set_seed(settings.seed)
     model = trainable_model(checkpoint, settings, placement)
     kind = SftTask if settings.task == "sft" else DpoTask
     task: Task = kind(settings, model, placement, tokenizer.pad_token_id or 0, records, held_out)
     before = task.score()
-    _prepare_output(output, settings, fresh=not resume)
+    _prepare_output(output, settings, inputs, checkpoint_folder)
     clock = StepClock()
     trainer = _make_trainer(task, settings, placement, output, clock)
     _run(trainer, checkpoint_folder)
     after = task.score()
-    save_adapter(model, checkpoint, settings.model, output / "adapter", overwrite=resume)
+    save_adapter(model, checkpoint, settings.model, output / "adapter")
+    if not any((output / "checkpoints").iterdir()):
+        (output / "checkpoints").rmdir()  # the Trainer makes it whether or not anything is saved
+    first, last = ends(list(trainer.step_losses.values()))
     memory, memory_of = peak_memory()
-    first, last = ends([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     report = TrainReport(
         task=settings.task,
         output=str(output),
@@ -105,13 +121,28 @@ def _inputs(settings: TrainSettings) -> list[Path]:
     return [Path(name) for name in named if name and Path(name).exists()]
 
 
-def _resume_point(output: Path) -> Path:
-    found = last_checkpoint(output / "checkpoints")
-    if found is None:
+def _require_trackers(settings: TrainSettings) -> None:
+    """Passes trackers that transformers knows and that are installed, before anything is written."""
+    try:
+        for callback in get_reporting_integration_callbacks(list(settings.report_to)):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(
-            f"{output}: no complete checkpoint to resume from", "Start without --resume, with --save-steps above 0"
-        )
-    return found
+            f"--report-to {','.join(settings.report_to)}: {error}", "Install it, or drop the flag"
+        ) from None
+
+
+def _require_known_tokens(records: Records, checkpoint: Checkpoint) -> None:
+    """Passes records whose every token has a row in the embedding table; a GPU would fail without a word."""
+    rows = checkpoint.geometry.vocab_size
+    for item in records.items:
+        for sample in item if isinstance(item, tuple) else (item,):
+            if max(sample.ids) >= rows:
+                raise UserError(
+                    f"{records.places[sample.record]}: the tokenizer gives id {max(sample.ids)}, {checkpoint.path} has"
+                    f" {rows} rows",
+                    "Use the tokenizer that belongs to this model",
+                )
 
 
 def _read_both(tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> tuple[Records, Records | None]:
@@ -124,12 +155,17 @@ def _read_both(tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> t
     return records, held_out
 
 
-def _prepare_output(output: Path, settings: TrainSettings, fresh: bool) -> None:
-    if fresh and output.exists():
+def _prepare_output(
+    output: Path, settings: TrainSettings, inputs: dict[str, Any], checkpoint_folder: Path | None
+) -> None:
+    if checkpoint_folder is None and output.exists():
         shutil.rmtree(output)
     output.mkdir(exist_ok=True)
+    if checkpoint_folder is not None:
+        forget_later_metrics(output / "metrics.jsonl", step_of(checkpoint_folder))
     text = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
     (output / "settings.yaml").write_text(text, encoding="utf-8")
+    keep_inputs(output, inputs)
 
 
 def _make_trainer(
@@ -181,6 +217,13 @@ def _run(trainer: GuardedTrainer, checkpoint_folder: Path | None) -> None:
     try:
         with quiet_transformers():  # it remarks on file systems and renamings; the guard speaks for itself
             trainer.train(resume_from_checkpoint=str(checkpoint_folder) if checkpoint_folder else None)
+    except Exception as error:
+        if checkpoint_folder is None or trainer.step_losses or isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{checkpoint_folder}: cannot be resumed from ({reason})", "Delete it to resume from an older one"
+        ) from None
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressBar):

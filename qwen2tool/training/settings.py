@@ -6,17 +6,17 @@ Imports no torch, so that a wrong key is answered at once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from qwen2tool.errors import UserError
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +81,13 @@ class TrainSettings:
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for name, hint in hints.items():
-            choices = get_args(hint)
-            if isinstance(getattr(self, name), str) and choices and all(isinstance(c, str) for c in choices):
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                choices = get_args(hint)
                 _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
         for name in ("learning_rate", "epochs", "beta", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
+            value = getattr(self, name)
+            _require(isfinite(value) and value > 0, name, value, "a number above 0")
         for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_total_limit"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number from 1")
         for name in ("rank", "alpha", "max_steps"):
@@ -96,10 +96,15 @@ class TrainSettings:
         _require(self.max_length >= 2, "max_length", self.max_length, "a whole number from 2")
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to below 1")
         _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")
+        _require(0 <= self.weight_decay < inf, "weight_decay", self.weight_decay, "a number from 0")
         _require(self.save_steps >= 0, "save_steps", self.save_steps, "a whole number from 0")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
+        if self.scheduler == "constant" and self.warmup_ratio:
+            raise UserError("--scheduler constant knows no warm-up", "Use constant_with_warmup, or drop --warmup-ratio")
         self._check_targets()
 
     def _check_targets(self) -> None:
+        _require(self.targets != (), "targets", [], f"some of {', '.join(LINEARS)}")
         for target in self.targets or ():
             _require(target in LINEARS, "targets", target, f"among {', '.join(LINEARS)}")
         if self.adapter is None:
@@ -145,11 +150,16 @@ def load_settings(file: Path | None, flags: Mapping[str, Any]) -> TrainSettings:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}"
             raise UserError(f"{file}: unknown key {key!r}", hint.rstrip("?."))
-    values |= {key: value for key, value in flags.items() if value is not None}
+    values = {key: value for key, value in (values | present(flags)).items() if value is not None}
     for name, field in known.items():
         if field.default is MISSING and values.get(name) is None:
             raise UserError(f"{_flag(name)} is missing", f"Give {_flag(name)} or set {name!r} in the settings file")
     return TrainSettings(**{key: _coerce(key, value) for key, value in values.items()})
+
+
+def present(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given."""
+    return {key: value for key, value in flags.items() if value is not None}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -164,29 +174,36 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
+KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "tuple": ("a list of names", lambda v: tuple(v.split(",")) if isinstance(v, str) else tuple(map(_text, v))),
+    "bool": ("true or false", lambda v: _exactly(v, bool)),
+    "float": ("a number", lambda v: float(_exactly(v, int, float, str))),
+    "int": ("a whole number", lambda v: _exactly(v, int)),
+    "str": ("text", lambda v: str(_exactly(v, str))),
+}
+"""What a field's annotation holds -> (in words, how a value of YAML becomes one: it reads 2e-4 as text)."""
+
+
 def _coerce(key: str, value: Any) -> Any:
-    """The value in the field's type: YAML reads 2e-4 as text and lists as lists."""
-    hint = str(get_type_hints(TrainSettings)[key])
+    """The value in the field's type; choices are checked where the record is made."""
+    hint = get_type_hints(TrainSettings)[key]
+    if get_origin(hint) is Literal:
+        return value
+    words, convert = next(kind for name, kind in KINDS.items() if name in str(hint))
     try:
-        if value is None or "Literal" in hint:
-            return value
-        if "tuple" in hint:
-            return tuple(value.split(",")) if isinstance(value, str) else tuple(str(item) for item in value)
-        if "bool" in hint:
-            return _exactly(value, bool)
-        if "float" in hint:
-            return float(value)
-        return _exactly(value, int) if "int" in hint else str(value)
+        return convert(value)
     except (TypeError, ValueError):
-        raise UserError(
-            f"{_flag(key)} is {value!r}", f"Give a value of type {hint.replace('<class ', '').strip('>')}"
-        ) from None
+        raise UserError(f"{_flag(key)} is {value!r}", f"Give {words}") from None
 
 
-def _exactly(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
+def _exactly(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
         raise TypeError
     return value
+
+
+def _text(value: Any) -> str:
+    return str(_exactly(value, str))
 
 
 def _flag(name: str) -> str:

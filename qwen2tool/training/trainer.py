@@ -6,7 +6,6 @@ Everything else (accumulation, clipping, AdamW, schedule, distribution, resuming
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from qwen2tool.training.guard import (
     require_finite_loss,
     require_finite_weights,
 )
-from qwen2tool.training.losses import dpo_sigmoid
+from qwen2tool.training.losses import dpo_sigmoid, reward_accuracy
 
 Batch = dict[str, torch.Tensor]
 
@@ -40,6 +39,7 @@ class GuardedTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # Trainer would spread one process over all visible GPUs (DataParallel), which NF4 layers are not made for.
         self.args._n_gpu = min(self.args.n_gpu, 1)
+        self.step_losses: dict[int, float] = defaultdict(float)
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -48,6 +48,7 @@ class GuardedTrainer(Trainer):
         with safe_attention():
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         require_finite_gradients(model, self.where)
+        self.step_losses[self.state.global_step] += loss.item()
         return loss
 
     def compute_loss(
@@ -107,14 +108,8 @@ class DpoTrainer(GuardedTrainer):
         self._note("rewards/chosen", terms.rewards_chosen)
         self._note("rewards/rejected", terms.rewards_rejected)
         self._note("rewards/margins", terms.rewards_chosen - terms.rewards_rejected)
-        self._note("rewards/accuracies", (terms.rewards_chosen > terms.rewards_rejected).float())
+        self._note("rewards/accuracies", reward_accuracy(terms))
         return terms.loss.mean()
 
     def _note(self, name: str, values: torch.Tensor) -> None:
         self._sums[name] += values.tolist()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`; one that a kill cut short has no trainer_state.json yet."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -69,3 +69,25 @@ def test_an_answer_that_does_not_fit_is_an_error_that_names_the_record(tokenizer
         require_targets(samples, ["data line 1", "data line 2"], 8)
     fitting = [encode_conversation(tokenizer, Conversation(messages=TURNS[:2], where="w"), 0, 999)]
     require_targets(fitting, ["data line 1"], 999)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "no generation prompt"),
+        ("{{ raise_exception('no system role') }}", "refuses it (no system role)"),
+        ("{{ messages[0]['content' }}", "refuses it"),
+    ],
+)
+def test_templates_that_cannot_be_trained_with_are_named(base_folder, template, words):
+    tokenizer = load_tokenizer(base_folder)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="data line 7: the chat template") as caught:
+        encode_conversation(tokenizer, Conversation(messages=TURNS[:2], where="data line 7"), 0, 99)
+    assert words in str(caught.value)
+
+
+def test_a_damaged_tokenizer_is_named(base_copy):
+    (base_copy / "tokenizer.json").write_text('{"version": "1.0", ')
+    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(base_copy)

@@ -30,6 +30,8 @@ def write(path, records, as_array=False):
         ({"instruction": "Q", "input": "I", "output": "A"}, [{"role": "user", "content": "Q\nI"}, ANSWER]),
         ({"instruction": "Q", "output": "A", "system": "S"}, [{"role": "system", "content": "S"}, USER, ANSWER]),
         ({"messages": [USER, ANSWER, USER, ANSWER]}, [USER, ANSWER, USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "system": "S"}, [{"role": "system", "content": "S"}, USER, ANSWER]),
+        ({"instruction": "Q", "output": "A", "history": [["Q", "A"]]}, [USER, ANSWER, USER, ANSWER]),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, [USER, ANSWER]),
     ],
 )
@@ -65,6 +67,11 @@ def test_preference_shapes(tmp_path, record):
         ('{"messages": [{"role": "user", "content": "Q"}]}', ["line 1", "no answer"]),
         ('{"messages": [{"role": "robot", "content": "Q"}]}', ["message 1", "'robot'"]),
         ('{"question": "Q"}', ["line 1", "no known shape"]),
+        ('{"messages": [{"role": "assistant", "content": "A"}]}', ["line 1", "before any question"]),
+        ('{"messages": [{"role": ["user"], "content": "Q"}]}', ["message 1"]),
+        ('{"instruction": "Q", "output": "A", "system": ["S"]}', ["line 1", "'system' is a list"]),
+        ('{"instruction": "Q", "output": "A", "history": ["Q"]}', ["line 1", "history"]),
+        ('{"instruction": "Q", "output": "A\\ud800"}', ["line 1", "surrogate"]),
         ('["Q"]', ["record 1", "not an object"]),
         ("", ["no records"]),
     ],
@@ -83,6 +90,7 @@ def test_bad_instructions_are_named(tmp_path, text, words):
         ({"rejected": None}, "rejected"),
         ({"chosen": "bad", "rejected": "bad"}, "same text"),
         ({"prompt": None}, "no prompt"),
+        ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "different conversations"),
     ],
 )
 def test_bad_preferences_are_named(tmp_path, change, words):
@@ -91,3 +99,16 @@ def test_bad_preferences_are_named(tmp_path, change, words):
     with pytest.raises(UserError, match="line 1") as caught:
         read_preferences(file)
     assert words in str(caught.value)
+
+
+def test_a_system_prompt_beside_answers_that_repeat_the_question_is_kept(tmp_path):
+    record = {"prompt": "Q", "system": "S", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    (found,) = read_preferences(write(tmp_path / "p.jsonl", [record]))
+    assert list(found.prompt) == [{"role": "system", "content": "S"}, USER]
+
+
+def test_line_separators_inside_text_are_text(tmp_path):
+    """JSON allows U+2028 and U+0085 unescaped in strings; Python's splitlines would cut the record there."""
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"instruction": "a\u2028b\u0085c", "output": "A"}\r\n{"instruction": "Q", "output": "A"}\n')
+    assert [c.messages[0]["content"] for c in read_conversations(file)] == ["a\u2028b\u0085c", "Q"]

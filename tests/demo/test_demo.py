@@ -86,3 +86,14 @@ def test_damaged_copy_loses_what_it_says_and_nothing_else(base_folder, tmp_path,
     name = "model.layers.1.self_attn.v_proj.bias"
     assert (name in after) == (how == "zero") and not (how == "zero" and after[name].any())
     assert all(before[n].equal(after[n]) for n in before if n != name)
+
+
+def test_a_base_that_cannot_be_used_costs_nothing(base_copy, tmp_path):
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep")
+    assert run("demo", "--model", tmp_path / "nope", "--folder", folder, "--overwrite").code == 2
+    (base_copy / "tokenizer.json").unlink()
+    assert run("demo", "--model", base_copy, "--folder", folder, "--overwrite").code == 2
+    assert run("demo", "--model", base_copy, "--folder", tmp_path / "new").code == 2
+    assert (folder / "mine.txt").exists() and not (tmp_path / "new").exists()

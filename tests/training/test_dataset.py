@@ -48,3 +48,16 @@ def test_nothing_that_fits(base_folder, tokenizer, tmp_path):
     settings = settings_for(base_folder, tmp_path, task="dpo", max_length=5, skip_too_long=True)
     with pytest.raises(UserError, match="no record's answer fits into max_length 5"):
         read_records(tokenizer, file, settings)
+
+
+def test_a_pair_that_differs_only_behind_the_cut_prefers_nothing(base_folder, tokenizer, tmp_path):
+    file = write_preferences(tmp_path / "pairs.jsonl", count=2)
+    same = "the answer " * 90
+    with file.open("a") as handle:
+        handle.write("\n" + json.dumps({"prompt": "Q", "chosen": same + "good", "rejected": same + "bad"}))
+    settings = settings_for(base_folder, tmp_path, task="dpo", max_length=120)
+    with pytest.raises(UserError, match="line 3: chosen and rejected are the same up to max_length 120"):
+        read_records(tokenizer, file, settings)
+    skipping = settings_for(base_folder, tmp_path, task="dpo", max_length=120, skip_too_long=True)
+    records = read_records(tokenizer, file, skipping)
+    assert (len(records.items), records.skipped) == (2, 1)

@@ -75,6 +75,9 @@ def test_training_lowers_held_out_loss_and_writes_everything(base_folder, sft):
     assert report.eval_after.nll < report.eval_before.nll - 0.2
     written = json.loads((sft / "run" / "report.json").read_text())
     assert written["eval_after"]["nll"] == report.eval_after.nll and written["environment"]["torch"]
+    assert {p.name for p in (sft / "run").iterdir()} == {
+        "adapter", "inputs.json", "metrics.jsonl", "report.json", "settings.yaml",
+    }  # fmt: skip
     files = {p.name for p in (sft / "run" / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "qwen2tool.json"}
 
@@ -209,4 +212,33 @@ def test_several_processes_are_refused(base_folder, sft, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE is 2"):
         train(settings_for(base_folder, sft))
+    assert not (sft / "run").exists()
+
+
+def test_losses_of_every_step_count_however_seldom_they_are_logged(base_folder, sft):
+    rare = train(settings_for(base_folder, sft, epochs=2, logging_steps=50))
+    often = train(settings_for(base_folder, sft, epochs=2), overwrite=True)
+    assert (rare.first_loss, rare.last_loss) == (often.first_loss, often.last_loss)
+    logged = [entry["loss"] for entry in metrics_of(sft) if "loss" in entry]
+    assert (often.first_loss, often.last_loss) == pytest.approx((logged[0], logged[-1]), rel=1e-6)
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_written(base_folder, sft):
+    with pytest.raises(UserError, match="--report-to nothing"):
+        train(settings_for(base_folder, sft, report_to="nothing"))
+    assert not (sft / "run").exists()
+
+
+def test_tokens_beyond_the_table_are_named(base_copy, sft):
+    file = base_copy / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    far = {f"far{n}": 320 + n for n in range(100)}
+    tokenizer["model"]["vocab"] |= far
+    tokenizer["added_tokens"] += [
+        {**tokenizer["added_tokens"][-1], "id": number, "content": name} for name, number in far.items()
+    ]
+    file.write_text(json.dumps(tokenizer))
+    (sft / "data.jsonl").write_text(json.dumps({"instruction": "a far99 thing", "output": "yes"}))
+    with pytest.raises(UserError, match=r"line 1: the tokenizer gives id \d+, .* has 384 rows"):
+        train(settings_for(base_copy, sft))
     assert not (sft / "run").exists()

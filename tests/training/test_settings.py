@@ -53,6 +53,20 @@ def test_unknown_key_names_the_nearest(tmp_path):
         ({"targets": "q_proj,lm_head"}, "--targets is 'lm_head'"),
         ({"adapter": "a", "rank": 8}, "--rank and --adapter exclude"),
         ({"gradient_checkpointing": "maybe"}, "--gradient-checkpointing is 'maybe'"),
+        ({"quantize": 4}, "--quantize is 4"),
+        ({"quantize": True}, "--quantize is True"),
+        ({"task": 7}, "--task is 7"),
+        ({"task": ["dpo"]}, "--task is ['dpo']"),
+        ({"dtype": 16}, "--dtype is 16"),
+        ({"epochs": True}, "--epochs is True. Give a number"),
+        ({"epochs": float("inf")}, "--epochs is inf"),
+        ({"learning_rate": float("inf")}, "--learning-rate is inf"),
+        ({"weight_decay": -5.0}, "--weight-decay is -5.0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**40}, "--seed is 1099511627776"),
+        ({"targets": []}, "--targets is []"),
+        ({"model": 5}, "--model is 5. Give text"),
+        ({"scheduler": "constant", "warmup_ratio": 0.1}, "--scheduler constant knows no warm-up"),
     ],
 )
 def test_wrong_values_are_named(values, words):
@@ -69,3 +83,8 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     file.write_text("model: [unclosed")
     with pytest.raises(UserError, match="not valid YAML"):
         load_settings(file, {})
+
+
+def test_a_null_in_the_file_is_the_default(tmp_path):
+    blank = file_of(tmp_path, learning_rate=None, batch_size=None, report_to=None, seed=None)
+    assert load_settings(blank, {}) == load_settings(None, NEEDED)
