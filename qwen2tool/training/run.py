@@ -81,8 +81,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     _run(trainer, checkpoint_folder)
     after = task.score()
     save_adapter(model, checkpoint, settings.model, output / "adapter")
-    if not any((output / "checkpoints").iterdir()):
-        (output / "checkpoints").rmdir()  # the Trainer makes it whether or not anything is saved
+    _remove_if_empty(output / "checkpoints")
     first, last = ends(list(trainer.step_losses.values()))
     memory, memory_of = peak_memory()
     report = TrainReport(
@@ -105,6 +104,12 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     )
     write_json(output / "report.json", report.to_json())
     return report
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """The Trainer makes its folder whether or not it saves anything."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _require_one_process() -> None:
