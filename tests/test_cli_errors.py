@@ -129,6 +129,10 @@ def test_damaged_checkpoint_is_found_by_inspect(base_copy, damage, words):
         (("push", "EMPTY", "me/model", "--dry-run"), ["EMPTY"]),
         (("train", "--model", "BASE", "--output", "out"), ["--data is missing"]),
         (("train", "--model", "BASE", "--data", "nowhere", "--output", "out"), ["nowhere", "no such file"]),
+        (
+            ("train", "--model", "BASE", "--data", "DATA", "--adapter", "nowhere", "--output", "out"),
+            ["nowhere", "not a PEFT"],
+        ),
         (("train", "nowhere.yaml"), ["nowhere.yaml", "no such settings file"]),
         (("train", "--frobnicate"), ["--frobnicate"]),
         (("merge", "BASE", "ADAPTER", "out", "--dtype", "int8"), ["--dtype", "int8", "bfloat16"]),
@@ -137,6 +141,7 @@ def test_damaged_checkpoint_is_found_by_inspect(base_copy, damage, words):
 def test_wrong_arguments_are_named(base_folder, adapter_folder, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("EMPTY").mkdir()
+    write_instructions(Path("DATA"), 2)
     Path("BASE").symlink_to(base_folder)
     Path("ADAPTER").symlink_to(adapter_folder)
     outcome = run(*arguments)

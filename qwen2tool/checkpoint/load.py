@@ -51,7 +51,7 @@ def load_model(
         )
     with quiet_transformers():
         model = Qwen2ForCausalLM.from_pretrained(checkpoint.path, **options)
-    _require_same_biases(checkpoint, model, compute)
+    require_same_biases(checkpoint, model, compute)
     if nf4:
         _keep_nf4_layout(model)
     model.eval()
@@ -71,14 +71,21 @@ def _keep_nf4_layout(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _require_same_biases(checkpoint: Checkpoint, model: torch.nn.Module, dtype: torch.dtype) -> None:
+def require_same_biases(checkpoint: Checkpoint, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Passes a model in `dtype` whose biases are those of the files; what the model has no place for is not compared.
+
+    Raises:
+        UserError: a bias that is in the files did not arrive in the model.
+    """
     import torch
 
     from qwen2tool.checkpoint.reader import read_tensor
 
     loaded = dict(model.named_parameters())
     for name, info in checkpoint.tensors.items():
-        if BIAS_NAME.fullmatch(name) and not torch.equal(loaded[name].detach().cpu(), read_tensor(info).to(dtype)):
+        if not (BIAS_NAME.fullmatch(name) and name in loaded):
+            continue
+        if not torch.equal(loaded[name].detach().cpu(), read_tensor(info).to(dtype)):
             raise UserError(
                 f"{name}: the loaded model does not hold what {info.file} does",
                 "Report this with your versions: transformers changed how it loads",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen2tool.checkpoint.adapter import ADAPTER_FILE, PROVENANCE_FILE, Adapter, fingerprint, open_adapter, require_fit
+from qwen2tool.checkpoint.adapter import ADAPTER_FILE, PROVENANCE_FILE, Adapter, open_adapter, require_fit
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers
 from qwen2tool.checkpoint.writer import atomic_folder, write_json
@@ -84,13 +84,13 @@ def _fitting_adapter(checkpoint: Checkpoint, path: str | None) -> Adapter | None
     return adapter
 
 
-def save_adapter(model: Any, checkpoint: Checkpoint, base_name: str, target: Path, overwrite: bool = False) -> None:
+def save_adapter(model: Any, base_name: str, base_fingerprint: str, target: Path) -> None:
     """Writes the adapter in PEFT's format, with the base's fingerprint beside it; complete or not at all."""
     require_finite_weights(model)
     model.peft_config["default"].base_model_name_or_path = base_name
-    with atomic_folder(target, overwrite) as folder:
+    with atomic_folder(target) as folder:
         model.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `push` writes a real one
-        write_json(folder / PROVENANCE_FILE, {"base": base_name, "base_fingerprint": fingerprint(checkpoint)})
+        write_json(folder / PROVENANCE_FILE, {"base": base_name, "base_fingerprint": base_fingerprint})
         if not (folder / ADAPTER_FILE).is_file():
             raise AssertionError("PEFT wrote no safetensors adapter")

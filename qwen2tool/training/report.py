@@ -20,7 +20,7 @@ from qwen2tool.training.tasks import Score
 class TrainReport:
     """Figures of one run. Times in seconds, memory in bytes, losses in nats; `eval_*` are None without `eval_data`.
 
-    `first_loss` and `last_loss` are means over the first and last tenth of what was logged.
+    `first_loss` and `last_loss` are means over the first and last tenth of the steps.
     """
 
     task: str

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qwen2tool.checkpoint.adapter import fingerprint
+from qwen2tool.checkpoint.adapter import ADAPTER_FILE, fingerprint, open_adapter
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.checkpoint.writer import write_json
@@ -60,9 +60,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def describe_inputs(base: Checkpoint, settings: TrainSettings) -> dict[str, Any]:
-    """What the run reads, so that it can be told from a run that reads something else under the same names."""
-    data = hashlib.sha256(Path(settings.data).read_bytes()).hexdigest()
-    return {"base_fingerprint": fingerprint(base), "data_sha256": data}
+    """What the run reads, so that it can be told from a run that reads something else under the same names.
+
+    Raises:
+        UserError: the adapter that the settings name is none.
+    """
+    files = {"data_sha256": Path(settings.data)}
+    if settings.adapter:
+        files["adapter_sha256"] = open_adapter(Path(settings.adapter)).path / ADAPTER_FILE
+    hashes = {key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items()}
+    return {"base_fingerprint": fingerprint(base), **hashes}
 
 
 def keep_inputs(output: Path, inputs: dict[str, Any]) -> None:
@@ -74,11 +81,12 @@ def require_same_inputs(output: Path, inputs: dict[str, Any]) -> None:
     """Passes a resumed run that reads what it read before.
 
     Raises:
-        UserError: base or data changed under the same name.
+        UserError: base, data or the adapter it began with changed under the same name.
     """
     before = read_json(output / INPUTS)
-    for key, what in (("base_fingerprint", "--model"), ("data_sha256", "--data")):
-        if before.get(key) != inputs[key]:
+    flags = {"base_fingerprint": "--model", "data_sha256": "--data", "adapter_sha256": "--adapter"}
+    for key, what in flags.items():
+        if before.get(key) != inputs.get(key):
             raise UserError(f"{what} is not what the run in {output} began with", "Resume with the same files")
 
 

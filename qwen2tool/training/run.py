@@ -66,7 +66,8 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     require_whole(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
     records, held_out = _read_both(tokenizer, settings)
-    _require_known_tokens(records, checkpoint)
+    for part in filter(None, (records, held_out)):
+        _require_known_tokens(part, checkpoint)
     inputs = describe_inputs(checkpoint, settings)
     if resume:
         require_same_inputs(output, inputs)
@@ -80,7 +81,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     trainer = _make_trainer(task, settings, placement, output, clock)
     _run(trainer, checkpoint_folder)
     after = task.score()
-    save_adapter(model, checkpoint, settings.model, output / "adapter")
+    save_adapter(model, settings.model, inputs["base_fingerprint"], output / "adapter")
     _remove_if_empty(output / "checkpoints")
     first, last = ends(list(trainer.step_losses.values()))
     memory, memory_of = peak_memory()

@@ -15,12 +15,10 @@ import torch
 
 from qwen2tool.checkpoint.adapter import Adapter
 from qwen2tool.checkpoint.folder import Checkpoint
-from qwen2tool.checkpoint.inventory import BIAS_NAME, take_inventory
-from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers
-from qwen2tool.checkpoint.reader import read_tensor
+from qwen2tool.checkpoint.inventory import take_inventory
+from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers, require_same_biases
 from qwen2tool.console import progress
 from qwen2tool.data.samples import Sample
-from qwen2tool.errors import UserError
 from qwen2tool.routing.attention import safe_attention
 from qwen2tool.verify.statistics import LogitFigures, concatenate, summarise, token_figures
 
@@ -92,16 +90,7 @@ def _load_damaged(checkpoint: Checkpoint, missing_biases: Sequence[str], device:
     parameters = dict(model.named_parameters())
     for name in missing_biases:
         parameters[name].data.zero_()
-    for name, info in checkpoint.tensors.items():
-        if (
-            BIAS_NAME.fullmatch(name)
-            and name in parameters
-            and not torch.equal(parameters[name].data.cpu(), read_tensor(info).float())
-        ):
-            raise UserError(
-                f"{name}: the loaded model does not hold what {info.file} does",
-                "Report this with your versions: transformers changed how it loads",
-            )
+    require_same_biases(checkpoint, model, torch.float32)
     return model
 
 

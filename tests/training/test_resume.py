@@ -8,9 +8,11 @@ import shutil
 import pytest
 from transformers import Trainer
 
+from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.errors import UserError
+from qwen2tool.training.resume import describe_inputs, keep_inputs, require_same_inputs
 from qwen2tool.training.run import train
-from tests.tiny import write_tiny
+from tests.tiny import write_adapter, write_tiny
 from tests.training.common import settings_for, write_instructions
 
 RUN = {"epochs": 2, "save_steps": 2}
@@ -80,6 +82,18 @@ def test_other_data_under_the_same_name_are_refused(stopped, base_copy):
     write_instructions(stopped / "data.jsonl", count=11)
     with pytest.raises(UserError, match="--data is not what the run"):
         train(settings_for(base_copy, stopped, **RUN), resume=True)
+
+
+def test_another_adapter_under_the_same_name_is_refused(stopped, base_copy, adapter_folder):
+    """In DPO the adapter that a run began with is also its reference."""
+    adapter = shutil.copytree(adapter_folder, stopped / "start")
+    inputs = describe_inputs(open_checkpoint(base_copy), settings_for(base_copy, stopped, adapter=str(adapter)))
+    keep_inputs(stopped / "run", inputs)
+    require_same_inputs(stopped / "run", inputs)
+    write_adapter(adapter, base_copy, seed=8)
+    now = describe_inputs(open_checkpoint(base_copy), settings_for(base_copy, stopped, adapter=str(adapter)))
+    with pytest.raises(UserError, match="--adapter is not what the run"):
+        require_same_inputs(stopped / "run", now)
 
 
 def test_a_damaged_checkpoint_is_named(stopped, base_copy):

@@ -238,7 +238,8 @@ def test_tokens_beyond_the_table_are_named(base_copy, sft):
         {**tokenizer["added_tokens"][-1], "id": number, "content": name} for name, number in far.items()
     ]
     file.write_text(json.dumps(tokenizer))
-    (sft / "data.jsonl").write_text(json.dumps({"instruction": "a far99 thing", "output": "yes"}))
-    with pytest.raises(UserError, match=r"line 1: the tokenizer gives id \d+, .* has 384 rows"):
-        train(settings_for(base_copy, sft))
-    assert not (sft / "run").exists()
+    (sft / "far.jsonl").write_text(json.dumps({"instruction": "a far99 thing", "output": "yes"}))
+    for role in ("data", "eval_data"):
+        with pytest.raises(UserError, match=r"far.jsonl line 1: the tokenizer gives id \d+, .* has 384 rows"):
+            train(settings_for(base_copy, sft, **{role: str(sft / "far.jsonl")}))
+        assert not (sft / "run").exists()
