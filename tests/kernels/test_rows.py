@@ -1,0 +1,72 @@
+"""Row copies and the operands of adapters, against indexing in plain torch; buffers hold NaN before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwen2tool.kernels import backend
+from qwen2tool.kernels.rows import copy_rows, fill_adapters
+from tests.kernels.device import DEVICE, nearest_bf16  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("nearest_bf16")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def nans(*shape, dtype):
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "pad"), [(3, 63, 0), (5, 64, 8), (1, 5000, 3), (0, 7, 1)])
+def test_copy_rows(dtype, rows, columns, pad):
+    x = torch.randn(rows, columns + pad, device=DEVICE).to(dtype)[:, :columns]
+    whole = nans(rows, columns + 2 * pad + 1, dtype=dtype)
+    with backend.use("triton"):
+        copy_rows(x, whole[:, :columns])
+    assert torch.equal(whole[:, :columns], x) and whole[:, columns:].isnan().all()
+
+
+def test_copy_rows_refuses_another_shape():
+    with pytest.raises(ValueError, match="copy_rows"):
+        copy_rows(torch.zeros(2, 3), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ranks", [(4,), (1,), (3, 5), (7, 2, 4), (8, 8, 8), (2, 1, 3, 2)])
+def test_fill_adapters(dtype, ranks):
+    """More than three adapters go the plain way; all agree with indexing."""
+    k, outs = 37, [11, 5, 20, 6][: len(ranks)]
+    width = -(-sum(ranks) // 8) * 8
+    adapters, row = [], 0
+    for rank, out in zip(ranks, outs, strict=True):
+        a, b = torch.randn(rank, k, device=DEVICE), torch.randn(out, rank, device=DEVICE)
+        adapters.append((a, b, 0.7 * rank, slice(row, row + out)))
+        row += out
+    found = {}
+    for kind in ("triton", "reference"):
+        whole = nans(row + width, k + width, dtype=dtype)
+        with backend.use(kind):
+            fill_adapters(whole[row:, :k], whole[:row, k:], adapters)
+        found[kind] = whole
+        assert whole[:row, :k].isnan().all() and whole[row:, k:].isnan().all(), "nothing else is written"
+    expected_a, expected_b = torch.zeros(width, k, device=DEVICE), torch.zeros(row, width, device=DEVICE)
+    column = 0
+    for a, b, scale, rows in adapters:
+        expected_a[column : column + len(a)] = a
+        expected_b[rows, column : column + len(a)] = b * scale
+        column += len(a)
+    for whole in found.values():
+        assert torch.equal(whole[row:, :k], expected_a.to(dtype))
+        torch.testing.assert_close(
+            whole[:row, k:], expected_b.to(dtype), rtol=1e-6 if dtype == torch.float32 else 0, atol=0
+        )
+    assert not torch.equal(expected_b, expected_b.roll(1, 0)), "a block one row off would show"
+
+
+def test_without_b_only_a_is_written():
+    a = nans(8, 12, dtype=torch.float32)
+    source = torch.randn(5, 12, device=DEVICE)
+    with backend.use("triton"):
+        fill_adapters(a, None, [(source, torch.randn(3, 5, device=DEVICE), 2.0, slice(0, 3))])
+    assert torch.equal(a[:5], source) and not a[5:].any()
