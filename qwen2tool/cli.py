@@ -98,6 +98,29 @@ def inspect(
 
 
 @app.command()
+def routes(
+    model: Annotated[str, typer.Argument(help="Base checkpoint: folder or Hub id.")],
+    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter to put on it.")] = None,
+    quantize: Annotated[str, typer.Option(help="none, or nf4 as in train.")] = "none",
+    as_json: Json = False,
+) -> None:
+    """Say what runs for each module in training, and why; reads configs and headers, no weights."""
+    from qwen2tool.checkpoint.folder import open_checkpoint
+
+    nf4 = _choice("--quantize", quantize, ("none", "nf4")) == "nf4"
+    checkpoint = open_checkpoint(model)
+    from qwen2tool.routing.offline import plan_checkpoint
+
+    plan = plan_checkpoint(checkpoint, adapter, nf4=nf4)
+    if as_json:
+        _print_json({"layers": plan.counts, "modules": plan.to_json()})
+    else:
+        from qwen2tool.routing.show import print_plan
+
+        print_plan(plan)
+
+
+@app.command()
 def train(
     config: Annotated[Path | None, typer.Argument(help="Settings file, YAML or JSON; flags override it.")] = None,
     model: Annotated[str | None, typer.Option(help="Base checkpoint: folder or Hub id.")] = None,
@@ -125,10 +148,11 @@ def train(
     skip_too_long: Annotated[
         bool | None, typer.Option("--skip-too-long", help="Leave out records whose answer does not fit.")
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option(help="Recompute activations: slower, far smaller. [on]")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="Activations: auto (what fits is kept), all or none.")] = None,
+    memory_budget: Annotated[float | None, typer.Option(help="GPU memory for the run, in GB. [what is free]")] = None,
+    graphs: Annotated[str | None, typer.Option(help="CUDA graphs: auto or off. [auto]")] = None,
+    routes: Annotated[str | None, typer.Option(help="Layers: auto (fused) or reference. [auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help=CPU_OR_GPU)] = None,
     seed: Annotated[int | None, typer.Option(help="Of adapter, data order and dropout. [42]")] = None,
     logging_steps: Annotated[int | None, typer.Option(help="Steps between logs. [1]")] = None,

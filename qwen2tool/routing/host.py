@@ -1,0 +1,97 @@
+"""What waits in the host's memory while the GPU computes: layer inputs, and gate and up of some layers.
+
+Tensors travel on a stream of their own: out while the next layers compute, back while the layer above is in its
+backward (67 MB for the input of a layer at 8192 tokens of a 7B, 363 MB for gate and up, beside 5 ms of compute in the
+forward and 12 in the backward). Buffers are pinned, made once, and fixed in place, so that a captured graph may use
+them. Tensors are held until their copy is done instead of being marked with `record_stream`, which would keep memory
+from being reused inside a graph capture.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+
+class _Copied(NamedTuple):
+    layer: int
+    tensor: torch.Tensor
+    done: torch.cuda.Event
+
+
+class Ticket(NamedTuple):
+    """What `put` returns and `take` wants: whose tensor it is, which of a layer's, of which pass, and its shape."""
+
+    layer: int
+    name: str
+    number: int
+    shape: torch.Size
+
+
+class HostStore:
+    """Pinned buffers for tensors of decoder layers, taken back in reverse order; one pass at a time."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self._tickets: dict[int, dict[str, Ticket]] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._leaving: deque[_Copied] = deque()
+        self._arriving: dict[Ticket, _Copied] = {}
+
+    def put(self, index: int, name: str, x: torch.Tensor) -> Ticket:
+        """Starts the copy of x (N, ...), the `name` of layer `index`."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        while self._leaving and self._leaving[0].layer < index - 1:  # two layers' time to get out
+            self._wait(self._leaving.popleft())
+        before = self._tickets.get(index, {}).get(name)
+        ticket = Ticket(index, name, before.number + 1 if before else 0, x.shape)
+        self._tickets.setdefault(index, {})[name] = ticket
+        buffer = self._buffer(ticket, x.dtype)
+        self._leaving.append(_Copied(index, x, self._copy(buffer, x)))
+        return ticket
+
+    def _buffer(self, ticket: Ticket, dtype: torch.dtype) -> torch.Tensor:
+        """The first numbers of a flat buffer that has grown to the largest need so far."""
+        key, size = (ticket.layer, ticket.name), ticket.shape.numel()
+        flat = self._buffers.get(key)
+        if flat is None or flat.dtype != dtype or len(flat) < size:
+            flat = self._buffers[key] = torch.empty(size, dtype=dtype, pin_memory=True)
+        return flat[:size].view(ticket.shape)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
+        assert self._stream is not None
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            done.record(self._stream)
+        return done
+
+    def take(self, ticket: Ticket) -> torch.Tensor:
+        """The tensor back on the GPU; what the layer below put here starts its way.
+
+        Raises:
+            RuntimeError: another pass has put its own tensor here in between.
+        """
+        if self._tickets[ticket.layer][ticket.name] != ticket:
+            raise RuntimeError("a second forward pass came before the backward of the first: what it kept is gone")
+        while self._leaving:
+            self._wait(self._leaving.popleft())
+        arrived = self._arriving.pop(ticket, None) or self._fetch(ticket)
+        for below in self._tickets.get(ticket.layer - 1, {}).values():
+            if below not in self._arriving:
+                self._arriving[below] = self._fetch(below)
+        self._wait(arrived)
+        return arrived.tensor
+
+    def _fetch(self, ticket: Ticket) -> _Copied:
+        assert self._stream is not None
+        source = self._buffers[ticket.layer, ticket.name][: ticket.shape.numel()].view(ticket.shape)
+        x = torch.empty(ticket.shape, dtype=source.dtype, device=self._stream.device)
+        return _Copied(ticket.layer, x, self._copy(x, source))
+
+    def _wait(self, copied: _Copied) -> None:
+        torch.cuda.current_stream(copied.tensor.device).wait_event(copied.done)

@@ -1,0 +1,325 @@
+"""One decoder layer as one autograd node: forward and backward written out from the kernels.
+
+    n1 = norm(x)              [q k v] = group(n1)           q, k += bias, RoPE, k -= centre (fp32, one rounding)
+    h = x + group_o(attend(q, k, v))
+    n2 = norm(h)              [g u] = group(n2)             y = h + group_down(silu(g) u)
+
+Generic checkpointing runs all of it twice; here the backward recomputes what was not kept, and never `down_proj`, whose
+output nothing needs: 22 % of the recomputation at the 7B geometry. LoRA's A and B and the norms are inputs of the node,
+so hooks of DDP and `torch.autograd.grad` see their gradients. Attention is a small autograd graph inside, so no private
+operator of torch is used.
+
+Precision: the biases of q and k are added in fp32 behind the product, and keys are centred there; residuals are added
+in the product's fp32 accumulator, before its one rounding; gradients of A and B keep the fp32 accumulator. The residual
+stream x may be fp32 above 16-bit products. Legend: N tokens, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from qwen2tool.kernels.attention import Sequences, attend
+from qwen2tool.kernels.group import Group, Weights, assemble, prefers_extended
+from qwen2tool.kernels.lora import (
+    Rows,
+    adapter_grads,
+    draw_bits,
+    group_backward,
+    group_forward,
+    low_rank,
+    new_rows,
+    project_back,
+    rows_of,
+)
+from qwen2tool.kernels.nf4 import Quantised
+from qwen2tool.kernels.rmsnorm import rms_norm_backward, rms_norm_forward
+from qwen2tool.kernels.rope import rope_backward, rope_forward
+from qwen2tool.kernels.rows import copy_rows
+from qwen2tool.kernels.swiglu import swiglu_backward, swiglu_forward
+from qwen2tool.routing.examine import LayerSpec
+from qwen2tool.routing.host import HostStore, Ticket
+
+Keep = Literal["input", "mlp", "attention", "all"]
+"""What a layer keeps for its backward beside x: nothing; gate and up; q, k, v, attention's output and h; all four."""
+
+
+class Place(NamedTuple):
+    """Where what a layer keeps waits: x, and gate and up, on the device or in `host`."""
+
+    host: HostStore
+    x: bool = False
+    gate_up: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all layers of one pass share.
+
+    Attributes:
+        sequences: where attention may look.
+        cos, sin: (N, head_dim / 2) fp32, one row a token.
+        dtype: of products; x itself may be fp32.
+        seed: () int64 on the device, or None where no dropout is on.
+    """
+
+    sequences: Sequences
+    cos: torch.Tensor
+    sin: torch.Tensor
+    dtype: torch.dtype
+    seed: torch.Tensor | None = None
+
+
+class _Attention(NamedTuple):
+    """Attention as a graph: leaves q, k, v and its output (N, heads, head_dim)."""
+
+    leaves: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    output: torch.Tensor
+
+
+class _Kept(NamedTuple):
+    """What the forward leaves for the backward beside an x that stays on the device; tickets stand for `host`'s."""
+
+    attention: _Attention | None = None
+    h: torch.Tensor | None = None
+    gate_up: Rows | Ticket | None = None
+    x: Ticket | None = None
+    host: HostStore | None = None
+
+
+def _keep(
+    spec: LayerSpec,
+    keep: Keep,
+    place: Place | None,
+    x: torch.Tensor,
+    attention: _Attention,
+    h: torch.Tensor,
+    gate_up: Rows,
+) -> _Kept:
+    ticket: Ticket | None = None
+    mlp: Rows | Ticket | None = None
+    if keep in ("mlp", "all"):
+        mlp = gate_up
+    if place is not None and place.x:
+        ticket = place.host.put(spec.index, "x", x)
+    if place is not None and place.gate_up:
+        mlp = place.host.put(spec.index, "gate_up", gate_up.plain if gate_up.whole is None else gate_up.whole)
+    whole = keep in ("attention", "all")
+    host = place.host if place is not None else None
+    return _Kept(attention if whole else None, h if whole else None, mlp, ticket, host)
+
+
+def _kept_gate_up(kept: _Kept, spec: LayerSpec) -> Rows | None:
+    if not isinstance(kept.gate_up, Ticket):
+        return kept.gate_up
+    assert kept.host is not None
+    buffer, group = kept.host.take(kept.gate_up), spec.gate_up
+    if buffer.shape[1] == group.rows:
+        return rows_of(buffer, group.width)
+    return Rows(buffer[:, : group.rows], buffer[:, group.rows :], buffer)
+
+
+class _Operands(NamedTuple):
+    """A group's input rows, its weights, and its masks."""
+
+    rows: Rows
+    weights: Weights
+    bits: torch.Tensor | None
+
+
+def _prepare(group: Group, tokens: int, call: Call) -> _Operands:
+    """Weights and masks of `group`, and uninitialised rows for its input."""
+    weights = assemble(group, call.dtype, extended=prefers_extended(group, tokens))
+    rows = new_rows(tokens, group.columns, group.width, weights)
+    return _Operands(rows, weights, draw_bits(group, tokens, call.seed))
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, group: Group, call: Call
+) -> tuple[_Operands, torch.Tensor]:
+    """norm(x) as the input of `group`, and the norm's reciprocal deviation (N,)."""
+    operands = _prepare(group, x.shape[0], call)
+    _, rstd = rms_norm_forward(x, weight, eps, out=operands.rows.plain)
+    return operands, rstd
+
+
+def _attention(operands: _Operands, spec: LayerSpec, call: Call, centre: torch.Tensor | None) -> _Attention:
+    """q, k, v from the norm's output, then attention with the graph that its backward needs."""
+    qkv = group_forward(operands.rows, spec.qkv, operands.weights, operands.bits)
+    d, geometry = spec.head_dim, {"heads": spec.heads, "kv_heads": spec.kv_heads}
+    qk = qkv[:, : (spec.heads + spec.kv_heads) * d]
+    rope_forward(qk, _qk_bias(spec), call.cos, call.sin, centre, **geometry, out=qk)
+    parts = torch.split(qkv, [spec.heads * d, spec.kv_heads * d, spec.kv_heads * d], 1)
+    q, k, v = (part.view(len(part), -1, d).detach().requires_grad_() for part in parts)
+    with torch.enable_grad():
+        return _Attention((q, k, v), attend(q, k, v, call.sequences))
+
+
+def _qk_bias(spec: LayerSpec) -> torch.Tensor | None:
+    """(heads + kv_heads) * head_dim, None where neither has one."""
+    if spec.q_bias is None or spec.k_bias is None:
+        return None
+    return torch.cat([spec.q_bias.detach(), spec.k_bias.detach()])
+
+
+def _after_attention(x: torch.Tensor, attention: _Attention, spec: LayerSpec, call: Call) -> torch.Tensor:
+    """h = x + o_proj(attention)."""
+    operands = _o_operands(attention, spec, call)
+    return group_forward(operands.rows, spec.o, operands.weights, operands.bits, residual=x)
+
+
+def _o_operands(attention: _Attention, spec: LayerSpec, call: Call) -> _Operands:
+    """Attention's output lies where attention put it, so o_proj has the separate form."""
+    group, rows = spec.o, attention.output.detach().flatten(1)
+    extended = isinstance(group.projections[0].weight, Quantised)
+    weights = assemble(group, call.dtype, extended=extended)
+    return _Operands(rows_of(rows, group.width), weights, draw_bits(group, rows.shape[0], call.seed))
+
+
+def _gate_up(operands: _Operands, spec: LayerSpec) -> Rows:
+    """[gate | up], with room behind it for what the backward appends to its gradient."""
+    group = spec.gate_up
+    room = new_rows(operands.rows.plain.shape[0], group.rows, group.width, operands.weights)
+    group_forward(operands.rows, group, operands.weights, operands.bits, out=room.plain)
+    return room
+
+
+def _down(h: torch.Tensor, gate_up: Rows, spec: LayerSpec, call: Call, *, in_place: bool) -> torch.Tensor:
+    """y = h + down_proj(silu(gate) up)."""
+    operands = _prepare(spec.down, h.shape[0], call)
+    swiglu_forward(gate_up.plain, out=operands.rows.plain)
+    out = h if in_place else None
+    return group_forward(operands.rows, spec.down, operands.weights, operands.bits, residual=h, out=out)
+
+
+class _FusedLayer(torch.autograd.Function):
+    """x (N, H), spec, call, centre, keep, place, *spec.parameters -> y (N, H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        spec: LayerSpec,
+        call: Call,
+        centre: torch.Tensor | None,
+        keep: Keep,
+        place: Place | None,
+        *parameters: torch.Tensor,
+    ) -> Any:
+        del parameters  # the spec's own; autograd sees them through the argument list
+        operands, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
+        attention = _attention(operands, spec, call, centre)
+        h = _after_attention(x, attention, spec, call)
+        operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call)
+        gate_up = _gate_up(operands, spec)
+        y = _down(h, gate_up, spec, call, in_place=keep in ("input", "mlp"))
+        ctx.spec, ctx.call, ctx.centre = spec, call, centre
+        ctx.kept = _Kept()
+        if any(ctx.needs_input_grad):
+            ctx.kept = _keep(spec, keep, place, x, attention, h, gate_up)
+        ctx.save_for_backward(x if ctx.kept.x is None else None)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        spec, call, kept = ctx.spec, ctx.call, ctx.kept
+        x = ctx.saved_tensors[0] if kept.x is None else kept.host.take(kept.x)
+        dy = dy.contiguous()
+        ctx.kept = _Kept()  # its buffers are overwritten below; a second backward recomputes
+        need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
+        operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
+        attention, h = kept.attention, kept.h
+        if attention is None:
+            attention = _attention(operands, spec, call, ctx.centre)
+            h = _after_attention(x, attention, spec, call)
+        else:
+            low_rank(operands.rows, spec.qkv, operands.weights, operands.bits)
+        dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, _kept_gate_up(kept, spec), spec, call, need_norm2)
+        d_qkv, o_grads = _attention_backward(dh.to(call.dtype), attention, operands, spec, call)
+        dx, d_norm1 = None, None
+        if need_dx or need_norm1:
+            dn = group_backward(d_qkv, spec.qkv, operands.weights, operands.bits)
+            dx, d_norm1 = rms_norm_backward(dn, x, spec.norm1, rstd1, residual_grad=dh, need_weight=need_norm1, out=dh)
+        else:
+            project_back(d_qkv, spec.qkv, operands.weights)
+        qkv_grads = adapter_grads(d_qkv, operands.rows, spec.qkv, operands.bits)
+        grads = [*qkv_grads, *o_grads, *mlp_grads, d_norm1, d_norm2]
+        typed = [
+            grad.to(parameter.dtype) if need and grad is not None else None
+            for grad, parameter, need in zip(grads, spec.parameters, ctx.needs_input_grad[6:], strict=True)
+        ]
+        return dx, None, None, None, None, None, *typed
+
+
+def _mlp_backward(
+    dy: torch.Tensor, h: torch.Tensor, gate_up: Rows | None, spec: LayerSpec, call: Call, need_norm: bool
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
+    """(dh, gradients of the adapters of gate, up and down, gradient of the norm's weight)."""
+    operands, rstd = _norm(h, spec.norm2, spec.eps, spec.gate_up, call)
+    if gate_up is None:
+        gate_up = _gate_up(operands, spec)
+    else:
+        low_rank(operands.rows, spec.gate_up, operands.weights, operands.bits)
+    d_gate_up, down_grads = _down_backward(dy.to(call.dtype), gate_up, spec, call)
+    dn = group_backward(d_gate_up, spec.gate_up, operands.weights, operands.bits)
+    grads = adapter_grads(d_gate_up, operands.rows, spec.gate_up, operands.bits)
+    dh, d_norm = rms_norm_backward(dn, h, spec.norm2, rstd, residual_grad=dy, need_weight=need_norm)
+    return dh, [*grads, *down_grads], d_norm
+
+
+def _down_backward(dy: torch.Tensor, gate_up: Rows, spec: LayerSpec, call: Call) -> tuple[Rows, list[torch.Tensor]]:
+    """(d[gate | up], written over gate_up; gradients of the adapters of down); silu(gate) up comes with SwiGLU backward."""
+    group = spec.down
+    operands = _prepare(group, dy.shape[0], call)
+    d_rows = new_rows(dy.shape[0], group.rows, group.width, operands.weights)
+    copy_rows(dy, d_rows.plain)  # cheaper than adding LoRA's part to the wider gradient of silu(gate) up
+    d_inner = group_backward(d_rows, group, operands.weights, operands.bits)
+    swiglu_backward(d_inner, gate_up.plain, h_out=operands.rows.plain, out=gate_up.plain)
+    low_rank(operands.rows, group, operands.weights, operands.bits)
+    return gate_up, adapter_grads(d_rows, operands.rows, group, operands.bits)
+
+
+def _attention_backward(
+    dh: torch.Tensor, attention: _Attention, qkv: _Operands, spec: LayerSpec, call: Call
+) -> tuple[Rows, list[torch.Tensor]]:
+    """(d[q | k | v] before bias and RoPE, gradients of o's adapters)."""
+    operands = _o_operands(attention, spec, call)
+    low_rank(operands.rows, spec.o, operands.weights, operands.bits)
+    d_rows = rows_of(dh, spec.o.width)
+    d_output = group_backward(d_rows, spec.o, operands.weights, operands.bits)
+    grads = adapter_grads(d_rows, operands.rows, spec.o, operands.bits)
+    dq, dk, dv = torch.autograd.grad(attention.output, attention.leaves, d_output.view_as(attention.output))
+    d_qkv = new_rows(dh.shape[0], spec.qkv.rows, spec.qkv.width, qkv.weights)
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    d_q, d_k, d_v = torch.split(d_qkv.plain, [queries, keys, keys], 1)
+    rope_backward(dq.flatten(1), call.cos, call.sin, heads=spec.heads, kv_heads=0, out=d_q)
+    rope_backward(dk.flatten(1), call.cos, call.sin, heads=0, kv_heads=spec.kv_heads, out=d_k)
+    copy_rows(dv.flatten(1), d_v)
+    return d_qkv, grads
+
+
+def fused_layer(
+    x: torch.Tensor,
+    spec: LayerSpec,
+    call: Call,
+    *,
+    centre: torch.Tensor | None = None,
+    keep: Keep = "input",
+    place: Place | None = None,
+) -> torch.Tensor:
+    """One decoder layer: (N, H) -> (N, H), differentiable in x, in every A and B and in both norms.
+
+    Args:
+        x: in call.dtype or fp32; y has x's dtype.
+        spec: what the layer holds (`examine.examine_layer`).
+        call: what all layers of the pass share.
+        centre: (kv_heads * head_dim,) fp32 subtracted from the keys (`kernels.rope.key_centre`), a constant.
+        keep: what to keep for the backward; the rest is recomputed.
+        place: where it waits, None: on the device.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        result: torch.Tensor = _FusedLayer.apply(x, spec, call, centre, keep, place, *spec.parameters)  # type: ignore[no-untyped-call]
+    return result

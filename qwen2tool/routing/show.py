@@ -1,0 +1,78 @@
+"""A plan on one screen: layers that are treated alike share their rows, and so do linears inside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+
+from qwen2tool.console import print_table, say
+from qwen2tool.routing.plan import Route, RoutePlan
+
+LAYER = re.compile(r"layers\.(\d+)\.?(.*)")
+
+
+def print_plan(plan: RoutePlan) -> None:
+    """The table of `fold`, then how many layers are fused."""
+    print_table("", ("module", "runs", "why"), _rows(fold(plan)), numeric_from=3)
+    say("")
+    say(f"{summary(plan)}, in training with the base frozen")
+
+
+def _rows(folded: list[Route]) -> Iterator[tuple[str, str, str]]:
+    """Linears stand indented below their layers."""
+    layers = " "
+    for route in folded:
+        inside = route.module.startswith(f"{layers}.")
+        layers = layers if inside else route.module
+        name = f"  {route.module.removeprefix(f'{layers}.')}" if inside else route.module
+        yield name, route.implementation, route.reason
+
+
+def summary(plan: RoutePlan) -> str:
+    """How many of its layers are fused, in words."""
+    layers = sum(plan.counts.values())
+    return f"{plan.counts.get('fused layer', 0)} of {layers} layers fused"
+
+
+def fold(plan: RoutePlan) -> list[Route]:
+    """The routes: like layers as one range (`layers.0-23`), like linears as a list, names without what they share."""
+    inner = plan.routes[0].module.removesuffix("embed_tokens")
+    outer = inner[:-1].rpartition(".")[0] + "."
+    routes = [Route(r.module.removeprefix(inner).removeprefix(outer), r.implementation, r.reason) for r in plan.routes]
+    layers: dict[int, list[Route]] = {}
+    for route in routes:
+        if match := LAYER.fullmatch(route.module):
+            layers.setdefault(int(match[1]), []).append(Route(match[2], route.implementation, route.reason))
+    groups: dict[tuple[Route, ...], list[int]] = {}
+    for index, members in layers.items():
+        groups.setdefault(tuple(members), []).append(index)
+    folded = [row for members, indices in groups.items() for row in _layer_rows(members, spans(indices))]
+    others = [route for route in routes if not LAYER.fullmatch(route.module)]
+    return [others[0], *folded, *others[1:]]
+
+
+def _layer_rows(members: tuple[Route, ...], layers: str) -> Iterator[Route]:
+    """One row where all is said by it; else the layer, then its linears, neighbours with one reason together."""
+    whole, *linears = members
+    yield Route(f"layers.{layers}", whole.implementation, whole.reason)
+    if all((linear.implementation, linear.reason) == (whole.implementation, whole.reason) for linear in linears):
+        return
+    for key, alike in groupby(linears, lambda linear: (_room(linear), linear.implementation, linear.reason)):
+        names = ", ".join(linear.module.rpartition(".")[2] for linear in alike)
+        yield Route(f"layers.{layers}.{key[0]}.{names}", key[1], key[2])
+
+
+def _room(route: Route) -> str:
+    return route.module.rpartition(".")[0]
+
+
+def spans(numbers: list[int]) -> str:
+    """Ascending numbers in short: [0, 1, 2, 5] as 0-2,5."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

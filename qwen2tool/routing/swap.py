@@ -1,0 +1,48 @@
+"""Puts the fast path on one model instance and takes it off again; nothing else in the process changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qwen2tool.errors import UserError
+from qwen2tool.routing.memory import MemoryPlan
+from qwen2tool.routing.plan import RoutePlan, find_stack, plan_routes
+from qwen2tool.routing.stack import RoutedStack
+
+
+def route(
+    model: Any, *, memory: MemoryPlan | None = None, residual_dtype: torch.dtype | None = None, reference: bool = False
+) -> RoutePlan:
+    """Replaces the inner model of `model` (a transformers Qwen2, under PEFT or not) and returns the plan.
+
+    Args:
+        memory, residual_dtype, reference: see `RoutedStack`.
+
+    Raises:
+        UserError: another architecture, or a model that is routed already.
+    """
+    plan = plan_routes(model, reference=reference)
+    stack, name = find_stack(model)
+    if isinstance(stack, RoutedStack):
+        raise UserError("the model is routed already", "Call unroute(model) first")
+    _set(model, name, RoutedStack(stack, memory=memory, residual_dtype=residual_dtype, reference=reference))
+    return plan
+
+
+def unroute(model: Any) -> None:
+    """Gives `model` its own inner model back, the very object that `route` took away.
+
+    Raises:
+        UserError: the model is not routed.
+    """
+    stack, name = find_stack(model)
+    if not isinstance(stack, RoutedStack):
+        raise UserError("the model is not routed", "Call route(model) first")
+    _set(model, name, stack.original)
+
+
+def _set(model: Any, name: str, module: torch.nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
