@@ -28,7 +28,7 @@ from qwen2tool.console import print_table, remark, say
 from qwen2tool.demo.damage import damaged_copy
 from qwen2tool.errors import EXIT_FINDING, UserError
 
-LORA = {"rank": 16, "alpha": 32, "dropout": 0.05, "gradient_checkpointing": False, "logging_steps": 1}
+LORA = {"rank": 16, "alpha": 32, "dropout": 0.05, "recompute": "none", "logging_steps": 1}
 SFT = {
     "learning_rate": 2e-3,
     "epochs": 6,
@@ -123,7 +123,7 @@ class _Demo:
 
     def dpo(self) -> None:
         """The adapter's second half."""
-        self._train("dpo", DPO | {"gradient_checkpointing": False, "adapter": str(self.folder / "sft" / "adapter")})
+        self._train("dpo", DPO | {"recompute": "none", "adapter": str(self.folder / "sft" / "adapter")})
 
     def _train(self, task: str, options: dict[str, Any]) -> None:
         from qwen2tool.training.report import print_report

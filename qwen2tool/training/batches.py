@@ -1,9 +1,12 @@
-"""Samples as padded batches. Padding stands on the right; positions that count nothing carry label -100."""
+"""Samples as packed batches: their tokens in one row without padding, and where each of them ends.
+
+Legend: S sequences, N tokens in all, M scored tokens. Positions that count nothing carry the label -100.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.utils.data import Dataset
@@ -12,6 +15,32 @@ from qwen2tool.data.samples import Sample
 
 IGNORED = -100
 """The label that transformers and torch's cross entropy leave out."""
+
+
+class Packed(TypedDict, total=False):
+    """One pass over S sequences.
+
+    Attributes:
+        input_ids, positions: (N,) int64.
+        offsets: (S + 1,) int32, where each sequence begins and the last one ends.
+        longest: tokens of the longest sequence, on the host.
+        rows: (M,) int64, the token whose output predicts the scored one.
+        labels: (M,) int64, the scored token, IGNORED in rows that only fill up.
+        owners: (M,) int64, the sequence it belongs to.
+        records: (B,) int64, positions in the data file.
+        reference_chosen, reference_rejected: (S / 2,) fp32, DPO alone.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    offsets: torch.Tensor
+    longest: int
+    rows: torch.Tensor
+    labels: torch.Tensor
+    owners: torch.Tensor
+    records: torch.Tensor
+    reference_chosen: torch.Tensor
+    reference_rejected: torch.Tensor
 
 
 class SampleDataset(Dataset[Any]):
@@ -27,44 +56,81 @@ class SampleDataset(Dataset[Any]):
         return self.items[index]
 
 
-def collate_samples(samples: Sequence[Sample], pad_id: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask, labels, each (B, T) int64 with T the longest sample, and records (B,)."""
-    length = max(len(sample.ids) for sample in samples)
-    input_ids = torch.full((len(samples), length), pad_id)
-    labels = torch.full((len(samples), length), IGNORED)
-    mask = torch.zeros((len(samples), length), dtype=torch.int64)
-    for row, sample in enumerate(samples):
-        ids, end = torch.tensor(sample.ids), len(sample.ids)
-        input_ids[row, :end] = ids
-        mask[row, :end] = 1
-        labels[row, :end] = torch.where(torch.tensor(sample.scored), ids, IGNORED)
-    labels[:, 0] = IGNORED  # nothing predicts the first token, so it must not enter the token count either
-    records = torch.tensor([sample.record for sample in samples])
-    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels, "records": records}
+def pack(samples: Sequence[Sample]) -> Packed:
+    """The samples behind one another; nothing predicts the first token of a sequence."""
+    ids: list[int] = []
+    positions: list[int] = []
+    offsets, rows, labels, owners = [0], [], [], []
+    for owner, sample in enumerate(samples):
+        begin = offsets[-1]
+        scored = [i for i, counts in enumerate(sample.scored) if counts and i > 0]
+        ids += sample.ids
+        positions += range(len(sample.ids))
+        rows += [begin + i - 1 for i in scored]
+        labels += [sample.ids[i] for i in scored]
+        owners += [owner] * len(scored)
+        offsets.append(begin + len(sample.ids))
+    return Packed(
+        input_ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        offsets=torch.tensor(offsets, dtype=torch.int32),
+        longest=max(len(sample.ids) for sample in samples),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        owners=torch.tensor(owners, dtype=torch.int64),
+        records=torch.tensor([sample.record for sample in samples]),
+    )
+
+
+def fill_up(batch: Packed, sequences: int) -> Packed:
+    """The same batch in one of few shapes, so that a captured graph serves many batches.
+
+    Tokens are filled up to a size of `bucket` with a sequence of their own that nothing scores, scored rows likewise
+    with the label IGNORED, and offsets to `sequences` + 2 entries with empty sequences.
+    """
+    count, scored = len(batch["input_ids"]), len(batch["labels"])
+    size, room = bucket(count), bucket(scored)
+    extra, offsets = size - count, batch["offsets"]
+    tail = offsets.new_full((sequences + 2 - len(offsets),), size)
+    return batch | Packed(
+        input_ids=torch.nn.functional.pad(batch["input_ids"], (0, extra)),
+        positions=torch.cat([batch["positions"], torch.arange(extra)]),
+        offsets=torch.cat([offsets, tail]),
+        longest=size,
+        rows=torch.nn.functional.pad(batch["rows"], (0, room - scored)),
+        labels=torch.nn.functional.pad(batch["labels"], (0, room - scored), value=IGNORED),
+        owners=torch.nn.functional.pad(batch["owners"], (0, room - scored)),
+    )
+
+
+def bucket(count: int) -> int:
+    """The next of 128, 192, 256, 384, 512, 768, ...: at most half as much again, a sixth on average."""
+    size = 128
+    while size < count:
+        size += size // 2 if size & (size - 1) == 0 else size // 3
+    return size
 
 
 class SftCollator:
-    """(B samples) -> one padded batch."""
+    """(B samples) -> one packed batch.
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        return collate_samples(samples, self.pad_id)
-
-
-class DpoCollator:
-    """(B pairs with their reference log-probs) -> chosen and rejected stacked as 2B rows, chosen first.
-
-    `labels` is renamed `targets`: Trainer counts a batch's `labels` to normalise a token loss, which DPO's is not.
+    Args:
+        fill: sequences a batch has at most, to fill batches up to few shapes; None leaves them as they are.
     """
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, fill: int | None = None) -> None:
+        self.fill = fill
 
-    def __call__(self, pairs: Sequence[tuple[Sample, Sample, float, float]]) -> dict[str, torch.Tensor]:
-        batch = collate_samples([pair[0] for pair in pairs] + [pair[1] for pair in pairs], self.pad_id)
-        batch["targets"] = batch.pop("labels")
+    def __call__(self, samples: Sequence[Sample]) -> Packed:
+        batch = pack(samples)
+        return batch if self.fill is None else fill_up(batch, self.fill)
+
+
+class DpoCollator(SftCollator):
+    """(B pairs with their reference log-probs) -> 2 B sequences, the chosen ones first."""
+
+    def __call__(self, pairs: Sequence[tuple[Sample, Sample, float, float]]) -> Packed:  # type: ignore[override]
+        batch = super().__call__([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
         batch["records"] = batch["records"][: len(pairs)]
         batch["reference_chosen"] = torch.tensor([pair[2] for pair in pairs])
         batch["reference_rejected"] = torch.tensor([pair[3] for pair in pairs])

@@ -32,6 +32,11 @@ class Records:
     cut: int
 
 
+def as_samples(item: Any) -> tuple[Sample, ...]:
+    """The sequences of one item: a sample is one, a pair two."""
+    return item if isinstance(item, tuple) else (item,)
+
+
 def read_records(tokenizer: PreTrainedTokenizerBase, file: Path, settings: TrainSettings) -> Records:
     """Reads and tokenises `file` as the task of `settings` asks.
 

@@ -13,8 +13,8 @@ import torch
 from qwen2tool.console import progress
 from qwen2tool.data.samples import Sample
 from qwen2tool.routing.attention import safe_attention
-from qwen2tool.training.batches import collate_samples
-from qwen2tool.training.forward import answer_log_probs, score, sum_nll
+from qwen2tool.training.batches import Packed, pack
+from qwen2tool.training.forward import log_probs, sum_by_owner
 from qwen2tool.training.losses import dpo_sigmoid, reward_accuracy
 from qwen2tool.training.model import Placement
 
@@ -49,19 +49,19 @@ class DpoScore:
     pairs: int
 
 
-def sft_score(model: Any, samples: Sequence[Sample], pad_id: int, placement: Placement, batch_size: int) -> SftScore:
+def sft_score(model: Any, samples: Sequence[Sample], placement: Placement, batch_size: int) -> SftScore:
     """Scores `samples`; each needs a scored token."""
     total, tokens = 0.0, sum(sum(sample.scored[1:]) for sample in samples)
     with _scoring(model, placement), progress("evaluating", len(samples)) as advance:
         for chunk in _chunks(_longest_first(samples), batch_size):
-            batch = _batch(chunk, pad_id, placement)
-            total += sum_nll(score(model, **batch)).item()
+            batch = _on_device(pack(chunk), placement)
+            total -= log_probs(model, batch, batch["labels"]).double().sum().item()
             advance(len(chunk))
     return SftScore(nll=total / tokens, tokens=tokens)
 
 
 def pair_log_probs(
-    model: Any, pairs: Sequence[Pair], pad_id: int, placement: Placement, batch_size: int
+    model: Any, pairs: Sequence[Pair], placement: Placement, batch_size: int
 ) -> list[tuple[float, float]]:
     """Sequence log-probs (chosen, rejected) of each pair under `model` as it stands, dropout off.
 
@@ -73,7 +73,9 @@ def pair_log_probs(
     with _scoring(model, placement), progress("log-probs", len(pairs)) as advance:
         for chunk in _chunks(order, batch_size):
             rows = [pairs[i][0] for i in chunk] + [pairs[i][1] for i in chunk]
-            chosen, rejected = answer_log_probs(score(model, **_batch(rows, pad_id, placement))).chunk(2)
+            batch = _on_device(pack(rows), placement)
+            scored = log_probs(model, batch, batch["labels"])
+            chosen, rejected = sum_by_owner(scored, batch["owners"], len(rows)).chunk(2)
             found |= dict(zip(chunk, zip(chosen.tolist(), rejected.tolist(), strict=True), strict=True))
             advance(len(chunk))
     return [found[i] for i in range(len(pairs))]
@@ -108,13 +110,12 @@ def _scoring(model: Any, placement: Placement) -> Iterator[None]:
         model.train(was_training)
 
 
-def _batch(samples: Sequence[Sample], pad_id: int, placement: Placement) -> dict[str, torch.Tensor]:
-    batch = collate_samples(samples, pad_id)
-    return {name: batch[name].to(placement.device) for name in ("input_ids", "attention_mask", "labels")}
+def _on_device(batch: Packed, placement: Placement) -> dict[str, Any]:
+    return {n: v.to(placement.device) if torch.is_tensor(v) else v for n, v in batch.items()}
 
 
 def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
-    """Little padding, and the largest batch comes first, so that too little memory shows at once."""
+    """The largest batch comes first, so that too little memory shows at once."""
     return sorted(samples, key=lambda sample: -len(sample.ids))
 
 

@@ -1,40 +1,46 @@
-"""Logits only where a token is scored, from any causal LM of transformers, PEFT or a wrapper around them."""
+"""Log-probabilities of the scored tokens of a packed batch, without logits for any other token.
+
+The routed inner model runs the tokens of all sequences in one row; the head is applied to scored rows alone, a chunk of
+them at a time. A head that is trained or adapted goes through its own forward, with the logits of scored rows held.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from qwen2tool.training.batches import IGNORED
-from qwen2tool.training.losses import sequence_log_probs, token_log_probs
+from qwen2tool.kernels.attention import Sequences
+from qwen2tool.kernels.head import token_log_probs
+from qwen2tool.routing.sequences import Flat
+from qwen2tool.routing.stack import RoutedStack
+from qwen2tool.training.losses import token_log_probs as log_probs_of_logits
 
 
-class Scored(NamedTuple):
-    """Logits (B, K, V) with their targets (B, K) and mask (B, K) at the K positions that score in any row."""
-
-    logits: torch.Tensor
-    targets: torch.Tensor
-    mask: torch.Tensor
-
-
-def score(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Scored:
-    """One forward pass; the head is applied only at positions that predict a scored token of some row.
+def log_probs(model: Any, batch: Any, labels: torch.Tensor) -> torch.Tensor:
+    """log p of each scored token, (M,) fp32; 0 where the label is IGNORED.
 
     Args:
-        input_ids, attention_mask, labels: (B, T) int64, labels IGNORED where nothing counts.
+        model: a routed Qwen2 for causal language modelling, under PEFT or not.
+        batch: see `batches.Packed`, on the model's device.
+        labels: (M,).
     """
-    positions = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
-    output = model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions, use_cache=False)
-    targets = labels[:, 1:][:, positions]
-    return Scored(output.logits, targets.clamp(min=0), targets != IGNORED)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stack: RoutedStack = base.model
+    lengths = batch["offsets"]
+    count, longest = len(lengths) - 1, batch["longest"]
+    tokens = batch["input_ids"].shape[0]
+    uniform = (count, longest) if count * longest == tokens else None
+    flat = Flat(None, batch["positions"], Sequences(lengths, longest, uniform))
+    hidden = stack.run(stack.embed(batch["input_ids"]), flat)[batch["rows"]]
+    head: Any = base.lm_head
+    if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad:
+        rows = stack.memory.head_rows if stack.memory else None
+        return token_log_probs(hidden.to(head.weight.dtype), head.weight, labels, chunk_rows=rows)
+    counts = labels >= 0
+    return log_probs_of_logits(head(hidden), labels.clamp(min=0)) * counts
 
 
-def sum_nll(scored: Scored) -> torch.Tensor:
-    """Sum of -log p over all scored tokens, a scalar in fp32."""
-    return -(token_log_probs(scored.logits, scored.targets) * scored.mask).sum()
-
-
-def answer_log_probs(scored: Scored) -> torch.Tensor:
-    """Sum of log p over the scored tokens of each row, (B,) fp32."""
-    return sequence_log_probs(scored.logits, scored.targets, scored.mask)
+def sum_by_owner(values: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
+    """(M,) values of `count` sequences -> (count,) sums, in the same order on every run (no atomics)."""
+    return torch.where(owners == torch.arange(count, device=owners.device)[:, None], values, 0.0).sum(1)

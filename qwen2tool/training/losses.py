@@ -22,11 +22,6 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return -F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def sequence_log_probs(logits: torch.Tensor, targets: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Sum of log p over the scored positions of each sequence: (B, T, V), (B, T), (B, T) bool -> (B,) fp32."""
-    return (token_log_probs(logits, targets) * scored).sum(-1)
-
-
 class DpoTerms(NamedTuple):
     """Loss a pair and the implicit rewards, each (B,) fp32; rewards carry no gradient."""
 

@@ -23,8 +23,14 @@ class Placement(NamedTuple):
     dtype: Dtype
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+        half = self.dtype != "float32"
+        return torch.autocast(self.device, self.torch_dtype if half else torch.bfloat16, enabled=half)
 
 
 def place(settings: TrainSettings) -> Placement:
@@ -39,11 +45,15 @@ def place(settings: TrainSettings) -> Placement:
             "--device is cuda, but torch sees no CUDA device", "Use --device cpu, or install a CUDA build of torch"
         )
     device = ("cuda" if has_cuda else "cpu") if settings.device == "auto" else settings.device
-    dtype: Dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    if device == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            "this GPU has no bfloat16", "Pass --dtype float32: Qwen2 overflows in float16 on stock attention"
-        )
+    has_bfloat16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if settings.dtype != "auto":
+        dtype: Dtype = settings.dtype
+    else:
+        dtype = "float32" if device == "cpu" else "bfloat16" if has_bfloat16 else "float16"
+    if device == "cuda" and dtype == "bfloat16" and not has_bfloat16:
+        raise UserError("this GPU has no bfloat16", "Pass --dtype float16, or leave --dtype out")
+    if dtype == "float16" and device == "cpu":
+        raise UserError("--dtype is float16 on the CPU, where loss scaling does not exist", "Pass --dtype bfloat16")
     return Placement(device, dtype)
 
 

@@ -20,6 +20,7 @@ from qwen2tool.training.tasks import Score
 class TrainReport:
     """Figures of one run. Times in seconds, memory in bytes, losses in nats; `eval_*` are None without `eval_data`.
 
+    `routes` says what ran for each module and what layers kept, as `fast.Plans` has it.
     `first_loss` and `last_loss` are means over the first and last tenth of the steps.
     """
 
@@ -38,6 +39,7 @@ class TrainReport:
     peak_memory_of: str
     eval_before: Score | None
     eval_after: Score | None
+    routes: dict[str, Any]
     environment: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +49,7 @@ class TrainReport:
 
 def environment() -> dict[str, str]:
     """Versions and device that every figure depends on."""
-    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    packages = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes")
     found = {"qwen2tool": __version__, "python": platform.python_version()}
     found |= {name: version(name) for name in packages}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"

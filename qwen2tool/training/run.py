@@ -5,7 +5,6 @@ Nothing is written before the inputs have passed; the adapter appears whole at t
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
@@ -23,8 +22,10 @@ from qwen2tool.checkpoint.load import load_tokenizer, quiet_transformers
 from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
 from qwen2tool.console import remark
 from qwen2tool.errors import UserError
+from qwen2tool.training.batches import bucket
 from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
-from qwen2tool.training.dataset import Records, read_records
+from qwen2tool.training.dataset import Records, as_samples, read_records
+from qwen2tool.training.fast import Plans, put_on_fast_path
 from qwen2tool.training.model import Placement, place, save_adapter, trainable_model
 from qwen2tool.training.report import TrainReport, ends, environment, median, peak_memory
 from qwen2tool.training.resume import (
@@ -73,8 +74,9 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         require_same_inputs(output, inputs)
     set_seed(settings.seed)
     model = trainable_model(checkpoint, settings, placement)
+    plans = _route(model, settings, placement, records)
     kind = SftTask if settings.task == "sft" else DpoTask
-    task: Task = kind(settings, model, placement, tokenizer.pad_token_id or 0, records, held_out)
+    task: Task = kind(settings, model, placement, records, held_out, graphs=plans.graphs)
     before = task.score()
     _prepare_output(output, settings, inputs, checkpoint_folder)
     clock = StepClock()
@@ -101,10 +103,28 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         peak_memory_of=memory_of,
         eval_before=before,
         eval_after=after,
+        routes=plans.to_json(),
         environment=environment(),
     )
     write_json(output / "report.json", report.to_json())
     return report
+
+
+def _route(model: Any, settings: TrainSettings, placement: Placement, records: Records) -> Plans:
+    """The model on its routes, said in a line; the largest batch that can come is what memory is planned for."""
+    largest = sorted((sum(len(s.ids) for s in as_samples(item)) for item in records.items), reverse=True)
+    plans = put_on_fast_path(
+        model,
+        tokens=bucket(sum(largest[: settings.batch_size])),
+        length=max(len(s.ids) for item in records.items for s in as_samples(item)),
+        dtype=placement.torch_dtype,
+        budget=int(settings.memory_budget * 1e9) if settings.memory_budget else None,
+        recompute=settings.recompute,
+        reference=settings.routes == "reference",
+        graphs=settings.graphs == "auto",
+    )
+    remark(f"routes: {plans}")
+    return plans
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -142,7 +162,7 @@ def _require_known_tokens(records: Records, checkpoint: Checkpoint) -> None:
     """Passes records whose every token has a row in the embedding table; a GPU would fail without a word."""
     rows = checkpoint.geometry.vocab_size
     for item in records.items:
-        for sample in item if isinstance(item, tuple) else (item,):
+        for sample in as_samples(item):
             if max(sample.ids) >= rows:
                 raise UserError(
                     f"{records.places[sample.record]}: the tokenizer gives id {max(sample.ids)}, {checkpoint.path} has"
@@ -184,12 +204,7 @@ def _make_trainer(
 
 
 def _arguments(settings: TrainSettings, placement: Placement, output: Path) -> TrainingArguments:
-    # transformers renamed gradient to activation checkpointing between 5.17 and 5.23 and warns about the old name.
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     options: dict[str, Any] = {
-        checkpointing: settings.gradient_checkpointing,
-        f"{checkpointing}_kwargs": {"use_reentrant": False},
         "max_steps": settings.max_steps or -1,
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
@@ -205,6 +220,7 @@ def _arguments(settings: TrainSettings, placement: Placement, output: Path) -> T
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         bf16=placement.dtype == "bfloat16",
+        fp16=placement.dtype == "float16",
         use_cpu=placement.device == "cpu",
         seed=settings.seed,
         logging_steps=settings.logging_steps,

@@ -39,8 +39,11 @@ class TrainSettings:
         batch_size, gradient_accumulation: records (pairs in DPO) a forward pass, and passes a step.
         max_length: tokens; longer records are cut at the end.
         skip_too_long: leave out records whose answer does not fit at all, instead of stopping.
-        gradient_checkpointing: recompute activations in the backward: slower, far smaller.
-        dtype: of frozen weights and compute; "auto" is bfloat16 on CUDA, float32 on the CPU.
+        recompute: which activations the backward recomputes: "auto" keeps what `memory_budget` holds.
+        memory_budget: GPU memory for the whole run in 10^9 bytes, None: what is free when it starts.
+        graphs: "auto" replays passes from CUDA graphs where all layers are fused, "off" never; same bits.
+        routes: "auto" takes the fused layers, "reference" transformers' own, for comparison.
+        dtype: of frozen weights and compute; "auto" is bfloat16 on CUDA (float16 on a GPU without), float32 on the CPU.
         device: "auto" is CUDA where there is one.
         seed: of the adapter's start, the order of the data and dropout.
         logging_steps, save_steps: in optimizer steps; `save_steps` 0 saves no checkpoints on the way.
@@ -71,8 +74,11 @@ class TrainSettings:
     gradient_accumulation: int = 4
     max_length: int = 1024
     skip_too_long: bool = False
-    gradient_checkpointing: bool = True
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: Literal["auto", "all", "none"] = "auto"
+    memory_budget: float | None = None
+    graphs: Literal["auto", "off"] = "auto"
+    routes: Literal["auto", "reference"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 42
     logging_steps: int = 1
@@ -93,6 +99,8 @@ class TrainSettings:
         for name in ("rank", "alpha", "max_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "a whole number from 1")
+        budget = self.memory_budget
+        _require(budget is None or (isfinite(budget) and budget > 0), "memory_budget", budget, "a number above 0")
         _require(self.max_length >= 2, "max_length", self.max_length, "a whole number from 2")
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "from 0 to below 1")
         _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "from 0 to below 1")

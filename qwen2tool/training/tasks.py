@@ -37,12 +37,17 @@ class _Common:
         settings: TrainSettings,
         model: Any,
         placement: Placement,
-        pad_id: int,
         train: Records,
         held_out: Records | None,
+        *,
+        graphs: bool,
     ) -> None:
-        self._settings, self._model, self._placement, self._pad_id = settings, model, placement, pad_id
-        self._train, self._held_out = train, held_out
+        self._settings, self._model, self._placement = settings, model, placement
+        self._train, self._held_out, self._graphs = train, held_out, graphs
+
+    def _fill(self, sequences: int) -> int | None:
+        """Sequences a batch has at most where batches are filled up for graphs; a record is `sequences` of them."""
+        return self._settings.batch_size * sequences if self._graphs else None
 
 
 class SftTask(_Common):
@@ -52,9 +57,10 @@ class SftTask(_Common):
         """See Task."""
         return SftTrainer(
             places=self._train.places,
+            graphs=self._graphs,
             model=self._model,
             train_dataset=SampleDataset(self._train.items),
-            data_collator=SftCollator(self._pad_id),
+            data_collator=SftCollator(self._fill(1)),
             **options,
         )
 
@@ -62,19 +68,19 @@ class SftTask(_Common):
         """See Task."""
         if self._held_out is None:
             return None
-        return sft_score(self._model, self._held_out.items, self._pad_id, self._placement, self._settings.batch_size)
+        return sft_score(self._model, self._held_out.items, self._placement, self._settings.batch_size)
 
 
 class DpoTask(_Common):
     """Preference tuning: pairs in, rewards against the reference out."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._train_reference = self._log_probs(self._train)
         self._held_out_reference = self._log_probs(self._held_out) if self._held_out else []
 
     def _log_probs(self, records: Records) -> list[tuple[float, float]]:
-        return pair_log_probs(self._model, records.items, self._pad_id, self._placement, self._settings.batch_size)
+        return pair_log_probs(self._model, records.items, self._placement, self._settings.batch_size)
 
     def trainer(self, **options: Any) -> GuardedTrainer:
         """See Task."""
@@ -82,9 +88,10 @@ class DpoTask(_Common):
         return DpoTrainer(
             beta=self._settings.beta,
             places=self._train.places,
+            graphs=self._graphs,
             model=self._model,
             train_dataset=SampleDataset(pairs),
-            data_collator=DpoCollator(self._pad_id),
+            data_collator=DpoCollator(self._fill(2)),
             **options,
         )
 

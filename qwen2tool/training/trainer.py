@@ -1,4 +1,4 @@
-"""transformers.Trainer with our losses: SFT and DPO share the guard, the safe attention and the metrics.
+"""transformers.Trainer with our passes and losses: SFT and DPO share the guard and the metrics.
 
 Everything else (accumulation, clipping, AdamW, schedule, distribution, resuming) is the Trainer's own.
 """
@@ -6,13 +6,14 @@ Everything else (accumulation, clipping, AdamW, schedule, distribution, resuming
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from qwen2tool.routing.attention import safe_attention
-from qwen2tool.training.forward import answer_log_probs, score, sum_nll
+from qwen2tool.training.batches import IGNORED
+from qwen2tool.training.forward import log_probs, sum_by_owner
 from qwen2tool.training.guard import (
     Whereabouts,
     require_finite_gradients,
@@ -20,49 +21,75 @@ from qwen2tool.training.guard import (
     require_finite_weights,
 )
 from qwen2tool.training.losses import dpo_sigmoid, reward_accuracy
+from qwen2tool.training.passes import Outcome, Passes
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 class GuardedTrainer(Trainer):
-    """Common ground: names the batch, refuses what is not finite, keeps cuDNN attention away.
+    """Common ground: names the batch, refuses what is not finite, runs passes eagerly or from graphs.
 
     Args:
         places: sentence for each record of the data file, for errors that name a batch.
+        graphs: capture passes (`passes.Passes`).
         options: what transformers.Trainer takes.
     """
 
-    def __init__(self, *, places: list[str], **options: Any) -> None:
+    def __init__(self, *, places: list[str], graphs: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.where = Whereabouts(places)
-        # Makes Trainer count the labels of the whole accumulated batch and hand the number to compute_loss.
-        self.model_accepts_loss_kwargs = True
+        self._graphs = graphs
+        self._passes: Passes | None = None
         # Trainer would spread one process over all visible GPUs (DataParallel), which NF4 layers are not made for.
         self.args._n_gpu = min(self.args.n_gpu, 1)
         self.step_losses: dict[int, float] = defaultdict(float)
         self._sums: dict[str, list[float]] = defaultdict(list)
 
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """Adds the count of scored tokens in all batches of a step; Trainer's own counts labels it has to shift."""
+        batches, _ = super().get_batch_samples(*arguments, **options)
+        return batches, sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one batch, checked."""
+        """Forward and backward of one batch, checked; its share of the step's loss, (), detached."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
         self.where.enter(self.state.global_step + 1, inputs["records"])
-        with safe_attention():
-            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        require_finite_gradients(model, self.where)
+        batch = {name: value for name, value in inputs.items() if name != "records"}
+        outcome = self._passes_over(model)(batch | {"divisor": self._divisor(inputs, num_items_in_batch)})
+        loss = outcome.pop("loss")
+        require_finite_loss(loss, self.where)
+        if self.state.global_step >= self._warming:
+            require_finite_gradients(model, self.where)
+        for name, values in outcome.items():
+            self._sums[name] += values.tolist()
         self.step_losses[self.state.global_step] += loss.item()
         return loss
 
-    def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        """The loss of one batch, scaled so that the batches of one optimizer step add up."""
-        if return_outputs:
-            raise NotImplementedError("evaluation runs through qwen2tool.training.evaluate")
-        loss: torch.Tensor = self.batch_loss(model, inputs, num_items_in_batch)
-        require_finite_loss(loss.detach(), self.where)
-        return loss
+    def _passes_over(self, model: torch.nn.Module) -> Passes:
+        """Made at the first step, when the Trainer has placed the model and made its loss scaler."""
+        if self._passes is None:
+            scaler = self.accelerator.scaler
+            self._passes = Passes(
+                partial(self.batch_loss, model),
+                [p for p in model.parameters() if p.requires_grad],
+                self.compute_loss_context_manager,
+                graphs=self._graphs,
+                scale=scaler.scale if scaler is not None else lambda loss: loss,
+            )
+        return self._passes
 
-    def batch_loss(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
-        """A scalar with gradient; each task has its own."""
+    @property
+    def _warming(self) -> int:
+        """Steps in which fp16's loss scale may still be too high; the scaler skips what is not finite."""
+        return 10 if self.accelerator.scaler is not None else 0
+
+    def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        """What the sum over a batch is divided by, so that the batches of one step add up: (), fp32, on the device."""
+        raise NotImplementedError
+
+    def batch_loss(self, model: Any, batch: Batch) -> Outcome:
+        """The batch's share of the step's loss, with gradient, and what is worth a note; each task has its own."""
         raise NotImplementedError
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -79,12 +106,12 @@ class GuardedTrainer(Trainer):
 class SftTrainer(GuardedTrainer):
     """Mean negative log-likelihood over the scored tokens of the whole accumulated batch."""
 
-    def batch_loss(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
-        """Sum over this batch's scored tokens / scored tokens of all batches (and processes) of the step."""
-        scored = score(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        # Gradients are averaged over processes; the count is already the sum over them.
-        loss: torch.Tensor = sum_nll(scored) / num_items_in_batch * self.accelerator.num_processes
-        return loss
+    def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        return torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=inputs["labels"].device)
+
+    def batch_loss(self, model: Any, batch: Batch) -> Outcome:
+        """Sum over this batch's scored tokens / scored tokens of all batches of the step."""
+        return {"loss": -log_probs(model, batch, batch["labels"]).sum() / batch["divisor"]}
 
 
 class DpoTrainer(GuardedTrainer):
@@ -92,24 +119,28 @@ class DpoTrainer(GuardedTrainer):
 
     Args:
         beta: see `losses.dpo_sigmoid`.
-        places, options: see GuardedTrainer.
+        options: see GuardedTrainer.
     """
 
     def __init__(self, *, beta: float, **options: Any) -> None:
         super().__init__(**options)
         self.beta = beta
 
-    def batch_loss(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
-        """Mean over this batch's pairs; without a token count, Trainer divides by the number of batches of the step."""
-        chosen, rejected = answer_log_probs(
-            score(model, inputs["input_ids"], inputs["attention_mask"], inputs["targets"])
-        ).chunk(2)
-        terms = dpo_sigmoid(chosen, rejected, inputs["reference_chosen"], inputs["reference_rejected"], self.beta)
-        self._note("rewards/chosen", terms.rewards_chosen)
-        self._note("rewards/rejected", terms.rewards_rejected)
-        self._note("rewards/margins", terms.rewards_chosen - terms.rewards_rejected)
-        self._note("rewards/accuracies", reward_accuracy(terms))
-        return terms.loss.mean()
+    def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        del num_items_in_batch
+        pairs = len(inputs["reference_chosen"]) * self.current_gradient_accumulation_steps
+        return torch.tensor(float(pairs), device=inputs["labels"].device)
 
-    def _note(self, name: str, values: torch.Tensor) -> None:
-        self._sums[name] += values.tolist()
+    def batch_loss(self, model: Any, batch: Batch) -> Outcome:
+        """Mean over this batch's pairs / batches of the step."""
+        pairs = len(batch["reference_chosen"])
+        scored = log_probs(model, batch, batch["labels"])
+        chosen, rejected = sum_by_owner(scored, batch["owners"], 2 * pairs).chunk(2)
+        terms = dpo_sigmoid(chosen, rejected, batch["reference_chosen"], batch["reference_rejected"], self.beta)
+        return {
+            "loss": terms.loss.sum() / batch["divisor"],
+            "rewards/chosen": terms.rewards_chosen,
+            "rewards/rejected": terms.rewards_rejected,
+            "rewards/margins": terms.rewards_chosen - terms.rewards_rejected,
+            "rewards/accuracies": reward_accuracy(terms),
+        }

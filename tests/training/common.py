@@ -32,7 +32,7 @@ def settings_for(base: Path, folder: Path, **changes: Any) -> TrainSettings:
     fields: dict[str, Any] = {
         "model": str(base), "data": str(folder / "data.jsonl"), "output": str(folder / "run"), "rank": 4, "alpha": 12,
         "dropout": 0.0, "learning_rate": 1e-2, "batch_size": 2, "gradient_accumulation": 2, "device": "cpu",
-        "gradient_checkpointing": False, "seed": 3,
+        "recompute": "none", "seed": 3,
     }  # fmt: skip
     if changes.get("adapter"):
         fields |= {"rank": None, "alpha": None, "dropout": None}

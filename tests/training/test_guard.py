@@ -30,12 +30,12 @@ def poison_gradient(monkeypatch, at_step):
     """One NaN in one gradient of step `at_step`, as cuDNN's masked backward leaves it; the loss stays finite."""
     honest = SftTrainer.batch_loss
 
-    def poisoned(self, model, inputs, num_items_in_batch):
-        loss = honest(self, model, inputs, num_items_in_batch)
+    def poisoned(self, model, batch):
+        loss = honest(self, model, batch)["loss"]
         if self.state.global_step + 1 == at_step:
             weight = next(p for n, p in model.named_parameters() if "layers.1.self_attn.q_proj.lora_B" in n)
             loss = loss + 0 * torch.sqrt(weight.flatten()[0] * 0)  # d sqrt(x) at 0 is infinite, times 0 is NaN
-        return loss
+        return {"loss": loss}
 
     monkeypatch.setattr(SftTrainer, "batch_loss", poisoned)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qwen2tool.training.losses import dpo_sigmoid, sequence_log_probs, token_log_probs
+from qwen2tool.training.losses import dpo_sigmoid, token_log_probs
 
 
 def test_token_log_probs_by_hand():
@@ -13,17 +13,6 @@ def test_token_log_probs_by_hand():
     found = token_log_probs(logits, torch.tensor([[1, 1]]))
     # softmax([0, ln 3]) = [1/4, 3/4]; softmax([ln 4, 0]) = [4/5, 1/5]; bf16 keeps three digits of the logits
     assert found[0].tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 5)], abs=5e-3)
-
-
-def test_sequence_log_probs_sum_only_what_is_scored():
-    torch.manual_seed(0)
-    logits, targets = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
-    scored = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 0, 1]]).bool()
-    truth = torch.log_softmax(logits.double(), -1)
-    expected = [sum(truth[b, t, targets[b, t]].item() for t in range(5) if scored[b, t]) for b in range(2)]
-    assert sequence_log_probs(logits, targets, scored).tolist() == pytest.approx(expected, rel=1e-6)
-    everything = sequence_log_probs(logits, targets, torch.ones_like(scored))
-    assert everything.tolist() != pytest.approx(expected, rel=1e-2)
 
 
 def test_dpo_by_hand():

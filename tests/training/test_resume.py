@@ -6,12 +6,12 @@ import json
 import shutil
 
 import pytest
-from transformers import Trainer
 
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.errors import UserError
 from qwen2tool.training.resume import describe_inputs, keep_inputs, require_same_inputs
 from qwen2tool.training.run import train
+from qwen2tool.training.trainer import GuardedTrainer
 from tests.tiny import write_adapter, write_tiny
 from tests.training.common import settings_for, write_instructions
 
@@ -22,7 +22,7 @@ RUN = {"epochs": 2, "save_steps": 2}
 def stopped(base_copy, tmp_path, monkeypatch):
     """A run of 6 steps that was killed after step 3, with its checkpoint of step 2."""
     write_instructions(tmp_path / "data.jsonl")
-    step = Trainer.training_step
+    step = GuardedTrainer.training_step
 
     def die(self, *arguments, **options):
         if self.state.global_step == 3:
@@ -30,7 +30,7 @@ def stopped(base_copy, tmp_path, monkeypatch):
         return step(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "training_step", die)
+        patch.setattr(GuardedTrainer, "training_step", die)
         with pytest.raises(KeyboardInterrupt):
             train(settings_for(base_copy, tmp_path, **RUN))
     return tmp_path

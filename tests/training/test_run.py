@@ -15,9 +15,9 @@ from qwen2tool.checkpoint.load import load_tokenizer
 from qwen2tool.data.encode import encode_conversation, encode_preference
 from qwen2tool.data.records import read_conversations, read_preferences
 from qwen2tool.errors import UserError
-from qwen2tool.training.batches import collate_samples
 from qwen2tool.training.run import train
 from tests.training.common import settings_for, write_instructions, write_preferences
+from tests.training.padded import padded_batch
 
 
 def adapter_of(folder):
@@ -49,7 +49,7 @@ def test_first_loss_is_transformers_own_over_all_tokens_of_the_step(base_folder,
     train(settings_for(base_folder, sft, batch_size=2, gradient_accumulation=6))
     tokenizer = load_tokenizer(base_folder)
     conversations = read_conversations(sft / "data.jsonl")
-    batch = collate_samples([encode_conversation(tokenizer, c, 0, 999) for c in conversations], 0)
+    batch = padded_batch([encode_conversation(tokenizer, c, 0, 999) for c in conversations])
     model = Qwen2ForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_first_loss_is_transformers_own_over_all_tokens_of_the_step(base_folder,
 
 def test_accumulation_and_checkpointing_do_not_change_the_trajectory(base_folder, sft):
     runs = []
-    for changes in ({"batch_size": 4, "gradient_accumulation": 1}, {"gradient_checkpointing": True}):
+    for changes in ({"batch_size": 4, "gradient_accumulation": 1}, {"recompute": "all"}):
         train(settings_for(base_folder, sft, epochs=2, **changes), overwrite=True)
         runs.append((adapter_of(sft), [entry["loss"] for entry in metrics_of(sft) if "loss" in entry]))
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-4)
@@ -88,7 +88,7 @@ def test_saved_adapter_is_the_function_that_was_scored(base_folder, sft):
     base = Qwen2ForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     tokenizer = load_tokenizer(base_folder)
     conversations = read_conversations(sft / "data.jsonl")
-    batch = collate_samples([encode_conversation(tokenizer, c, 0, 999) for c in conversations], 0)
+    batch = padded_batch([encode_conversation(tokenizer, c, 0, 999) for c in conversations])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
         untrained = base(**inputs).loss.item()
