@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_WORK ?= ../qwen2tool-bench
 
-.PHONY: demo test test-gpu test-long lint format clean
+.PHONY: demo test test-gpu test-long bench lint format clean
 
 demo: $(READY)
 	$(BIN)/qwen2tool demo --overwrite
@@ -19,6 +20,12 @@ test-gpu: $(READY)
 # Minutes of CPU time; QWEN2TOOL_REAL_MODEL=FOLDER adds the checks on a published checkpoint.
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
+
+# On a machine with an NVIDIA GPU: training steps beside the peers that are installed, then each kernel by itself.
+# About an hour, 40 GB of checkpoints in BENCH_WORK; `benchmarks/train_step.py --help` says how to measure less.
+bench: $(READY)
+	$(BIN)/python benchmarks/train_step.py --work $(BENCH_WORK)
+	$(BIN)/python benchmarks/kernels.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,103 @@
+"""Tables of the speed measurements: their text from a sample, and what stands there before anything was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import readme_tables  # noqa: E402
+
+MADE_BY = {
+    "command": "python benchmarks/train_step.py --settings seed", "commit": "abc",
+    "machine": {"gpu": "H100", "torch": "2.11", "transformers": "5.17", "peft": "0.21", "bitsandbytes": "0.50"},
+}  # fmt: skip
+SETTING = {
+    "made_by": MADE_BY, "geometry": "qwen1.5-7b", "batch": 1, "length": 1024, "rank": 64, "alpha": 16, "dropout": 0.05,
+    "quantize": "nf4", "recompute": "all", "budget_gb": 0.0, "accumulation": 16, "layers": None,
+    "ceilings": {"copy_bytes_per_s": 2.98e12, "flops_per_s": 771e12},
+    "peers": {
+        "ours": {"ms": 1600.4, "micro_batch_ms": 100.0, "memory_gb": {"peak_allocated": 9.44}, "floor_fraction": 0.714,
+                 "times_unsloth": 3.98},
+        "unsloth": {"ms": 6370.0, "micro_batch_ms": 398.1, "memory_gb": {"peak_allocated": 8.78}},
+        "hf_kbit": {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate"},
+    },
+    "runs": [
+        {"peer": "ours", "versions": {"torch": "2.11"}},
+        {"peer": "unsloth", "versions": {"unsloth": "2026.10.9"}},
+        {"peer": "hf_kbit", "error": "OutOfMemoryError: ..."},
+    ],
+}  # fmt: skip
+KERNELS = {
+    "made_by": MADE_BY,
+    "rows": [
+        {"op": "swiglu_forward", "shape": "8192 x 11008", "bytes_per_s": 2.69e12, "of_copy": 0.902,
+         "microseconds": {"ours": 201.4, "liger": 250.0, "torch": 512.6}},
+        {"op": "head, both", "shape": "s", "of_products": 0.88,
+         "microseconds": {"ours": 30_111.0, "products": 26_000.2}},
+        {"op": "keep_bits", "shape": "t", "microseconds": {"ours": 9.96, "liger": "ImportError: none"}},
+        {"op": "broken", "shape": "u", "microseconds": {"ours": "RuntimeError: no"}},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["speed", "kernels"])
+def test_before_the_first_measurement(results, name):
+    assert readme_tables.TABLES[name]() == "Not measured yet."
+
+
+def test_speed_table(results):
+    (results / "train_step.json").write_text(json.dumps({"seed": SETTING}))
+    assert readme_tables.speed().splitlines() == [
+        "|  | qwen2tool | Unsloth | HF + PEFT, kbit | times Unsloth | of the floor |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| seed: qwen1.5-7b, 16 x 1 x 1024, nf4, r 64, dropout 0.05 | 1,600 ms, 9.4 GB | 6,370 ms, 8.8 GB |"
+        " OutOfMemoryError | 3.98x | 71% |",
+        "| seed: one micro-batch of it | 100 ms, 9.4 GB | 398 ms, 8.8 GB | OutOfMemoryError | 3.98x | 71% |",
+        "",
+        "`python benchmarks/train_step.py --settings seed` at abc; H100; torch 2.11, transformers 5.17, peft 0.21,"
+        " bitsandbytes 0.50. Unsloth 2026.10.9; copy 2.98 TB/s, products 771 TFLOP/s.",
+    ]
+
+
+def test_settings_without_ours_or_accumulation_and_with_a_budget():
+    part = deepcopy(SETTING) | {"accumulation": 1, "budget_gb": 42.0, "quantize": "none", "layers": 4}
+    part["peers"]["ours"] = {"error": "stopped after 300 s"}
+    rows = readme_tables.speed_table({"seed": SETTING, "big": part}).splitlines()
+    assert len(rows) == 5
+    assert rows[-1] == (
+        "| big: qwen1.5-7b, 4 layers, 1 x 1024, 16 bit, r 64, dropout 0.05, 42 GB, no checkpointing |"
+        " stopped after 300 s | 6,370 ms, 8.8 GB | OutOfMemoryError | - | - |"
+    )
+
+
+def test_measurements_of_one_call_are_named_once(results):
+    (results / "train_step.json").write_text(json.dumps({"seed": SETTING, "small": SETTING}))
+    assert readme_tables.speed().count("at abc") == 1
+    other = SETTING | {"made_by": MADE_BY | {"commit": "def"}}
+    (results / "train_step.json").write_text(json.dumps({"seed": SETTING, "small": other}))
+    assert [readme_tables.speed().count(f"at {commit}") for commit in ("abc", "def")] == [1, 1]
+
+
+def test_kernel_table(results):
+    (results / "kernels.json").write_text(json.dumps({"kernels": KERNELS}))
+    assert readme_tables.kernels().splitlines()[:6] == [
+        "| op | shape | ours | liger | torch | products | of copy | of products |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| swiglu_forward | 8192 x 11008 | 201 us | 250 us | 513 us | - | 2,690 GB/s, 90% | - |",
+        "| head, both | s | 30,111 us | - | - | 26,000 us | - | 88% |",
+        "| keep_bits | t | 10.0 us | ImportError | - | - | - | - |",
+        "| broken | u | RuntimeError | - | - | - | - | - |",
+    ]
