@@ -94,6 +94,7 @@ def group_forward(
     *,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    known: bool = False,
 ) -> torch.Tensor:
     """y (N, O); T is left in x.tail.
 
@@ -103,9 +104,11 @@ def group_forward(
         bits: of `draw_bits`.
         residual: (N, O) added before the rounding, in x's dtype or fp32 (then y is fp32).
         out: (N, O) of any row stride to write y to; may be `residual`.
+        known: T is in x.tail already.
     """
     require(x.plain.shape[1] == group.columns, "lora", f"x has {x.plain.shape[1]} columns, not {group.columns}")
-    low_rank(x, group, weights, bits)
+    if not known:
+        low_rank(x, group, weights, bits)
     y = out
     if y is None:
         y = torch.empty_like(residual) if residual is not None else x.plain.new_empty(x.plain.shape[0], group.rows)

@@ -166,6 +166,8 @@ def examine_layer(layer: Any, config: Any, index: int) -> LayerSpec:
     gate, up, down = (_examine_linear(f"{n}_proj", getattr(mlp, f"{n}_proj")) for n in ("gate", "up", "down"))
     for name, linear in (("o_proj", o), ("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
         _require(linear.projection.bias is None, f"{name} has a bias, which no Qwen2 has")
+    both = (q.projection.bias is None) == (k.projection.bias is None)
+    _require(both, "only one of q_proj and k_proj has a bias")
     return LayerSpec(
         index=index,
         heads=q.projection.weight.shape[0] // attention.head_dim,

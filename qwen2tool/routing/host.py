@@ -35,6 +35,7 @@ class HostStore:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self._outgrown: list[torch.Tensor] = []
         self._tickets: dict[int, dict[str, Ticket]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._leaving: deque[_Copied] = deque()
@@ -47,6 +48,9 @@ class HostStore:
         while self._leaving and self._leaving[0].layer < index - 1:  # two layers' time to get out
             self._wait(self._leaving.popleft())
         before = self._tickets.get(index, {}).get(name)
+        stale = self._arriving.pop(before, None) if before else None
+        if stale is not None:  # fetched for a backward that ended above this layer
+            self._wait(stale)
         ticket = Ticket(index, name, before.number + 1 if before else 0, x.shape)
         self._tickets.setdefault(index, {})[name] = ticket
         buffer = self._buffer(ticket, x.dtype)
@@ -58,6 +62,8 @@ class HostStore:
         key, size = (ticket.layer, ticket.name), ticket.shape.numel()
         flat = self._buffers.get(key)
         if flat is None or flat.dtype != dtype or len(flat) < size:
+            if flat is not None:
+                self._outgrown.append(flat)  # a captured graph may still copy to its address
             flat = self._buffers[key] = torch.empty(size, dtype=dtype, pin_memory=True)
         return flat[:size].view(ticket.shape)
 
@@ -71,7 +77,7 @@ class HostStore:
         return done
 
     def take(self, ticket: Ticket) -> torch.Tensor:
-        """The tensor back on the GPU; what the layer below put here starts its way.
+        """The tensor back on the GPU.
 
         Raises:
             RuntimeError: another pass has put its own tensor here in between.
@@ -81,11 +87,16 @@ class HostStore:
         while self._leaving:
             self._wait(self._leaving.popleft())
         arrived = self._arriving.pop(ticket, None) or self._fetch(ticket)
-        for below in self._tickets.get(ticket.layer - 1, {}).values():
-            if below not in self._arriving:
-                self._arriving[below] = self._fetch(below)
         self._wait(arrived)
         return arrived.tensor
+
+    def fetch_below(self, layer: int) -> None:
+        """Starts the way back of what the layer below `layer` put here, while `layer` is in its backward."""
+        while self._leaving:  # out by now; held on, they would add to the backward's peak
+            self._wait(self._leaving.popleft())
+        for below in self._tickets.get(layer - 1, {}).values():
+            if below not in self._arriving:
+                self._arriving[below] = self._fetch(below)
 
     def _fetch(self, ticket: Ticket) -> _Copied:
         assert self._stream is not None

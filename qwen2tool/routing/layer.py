@@ -63,6 +63,7 @@ class Call:
         cos, sin: (N, head_dim / 2) fp32, one row a token.
         dtype: of products; x itself may be fp32.
         seed: () int64 on the device, or None where no dropout is on.
+        frugal: unpack weights again rather than hold them from the recomputation to the backward.
     """
 
     sequences: Sequences
@@ -70,6 +71,7 @@ class Call:
     sin: torch.Tensor
     dtype: torch.dtype
     seed: torch.Tensor | None = None
+    frugal: bool = False
 
 
 class _Attention(NamedTuple):
@@ -79,9 +81,19 @@ class _Attention(NamedTuple):
     output: torch.Tensor
 
 
+class _Tails(NamedTuple):
+    """T = drop(x) A^T of each group, (N, R): small (a ninth of x at rank 64), and dear to make again under dropout."""
+
+    qkv: torch.Tensor | None = None
+    o: torch.Tensor | None = None
+    gate_up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+
+
 class _Kept(NamedTuple):
     """What the forward leaves for the backward beside an x that stays on the device; tickets stand for `host`'s."""
 
+    tails: _Tails | None = None
     attention: _Attention | None = None
     h: torch.Tensor | None = None
     gate_up: Rows | Ticket | None = None
@@ -94,6 +106,7 @@ def _keep(
     keep: Keep,
     place: Place | None,
     x: torch.Tensor,
+    tails: _Tails,
     attention: _Attention,
     h: torch.Tensor,
     gate_up: Rows,
@@ -108,7 +121,7 @@ def _keep(
         mlp = place.host.put(spec.index, "gate_up", gate_up.plain if gate_up.whole is None else gate_up.whole)
     whole = keep in ("attention", "all")
     host = place.host if place is not None else None
-    return _Kept(attention if whole else None, h if whole else None, mlp, ticket, host)
+    return _Kept(tails, attention if whole else None, h if whole else None, mlp, ticket, host)
 
 
 def _kept_gate_up(kept: _Kept, spec: LayerSpec) -> Rows | None:
@@ -121,38 +134,68 @@ def _kept_gate_up(kept: _Kept, spec: LayerSpec) -> Rows | None:
     return Rows(buffer[:, : group.rows], buffer[:, group.rows :], buffer)
 
 
-class _Operands(NamedTuple):
-    """A group's input rows, its weights, and its masks."""
+class _Operands:
+    """A group with its weights, its masks, its input rows, and whether T stands in the rows already."""
 
-    rows: Rows
-    weights: Weights
-    bits: torch.Tensor | None
+    def __init__(self, group: Group, tokens: int, call: Call, *, extended: bool, known: bool) -> None:
+        self.group, self.known, self._call, self._extended = group, known, call, extended
+        self.bits = draw_bits(group, tokens, call.seed)
+        self._weights: Weights | None = None
+        self.rows: Rows
+
+    @property
+    def weights(self) -> Weights:
+        if self._weights is None:
+            self._weights = assemble(self.group, self._call.dtype, extended=self._extended)
+        return self._weights
+
+    def pause(self) -> None:
+        """Called where the weights are not needed for a while."""
+        if self._call.frugal:
+            self._weights = None
+
+    def fill_tail(self) -> None:
+        if not self.known:
+            low_rank(self.rows, self.group, self.weights, self.bits)
+
+    def forward(self, **options: Any) -> torch.Tensor:
+        return group_forward(self.rows, self.group, self.weights, self.bits, known=self.known, **options)
+
+    def backward(self, dy: Rows) -> torch.Tensor:
+        return group_backward(dy, self.group, self.weights, self.bits)
+
+    def grads(self, dy: Rows) -> list[torch.Tensor]:
+        return adapter_grads(dy, self.rows, self.group, self.bits)
 
 
-def _prepare(group: Group, tokens: int, call: Call) -> _Operands:
-    """Weights and masks of `group`, and uninitialised rows for its input."""
-    weights = assemble(group, call.dtype, extended=prefers_extended(group, tokens))
-    rows = new_rows(tokens, group.columns, group.width, weights)
-    return _Operands(rows, weights, draw_bits(group, tokens, call.seed))
+def _prepare(group: Group, tokens: int, call: Call, tail: torch.Tensor | None) -> _Operands:
+    """Operands with uninitialised rows for the input; T as it was, where it was kept."""
+    operands = _Operands(group, tokens, call, extended=prefers_extended(group, tokens), known=tail is not None)
+    operands.rows = new_rows(tokens, group.columns, group.width, operands.weights)
+    if tail is not None:
+        operands.rows.tail.copy_(tail)
+    return operands
 
 
 def _norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, group: Group, call: Call
+    x: torch.Tensor, weight: torch.Tensor, eps: float, group: Group, call: Call, tail: torch.Tensor | None = None
 ) -> tuple[_Operands, torch.Tensor]:
     """norm(x) as the input of `group`, and the norm's reciprocal deviation (N,)."""
-    operands = _prepare(group, x.shape[0], call)
+    operands = _prepare(group, x.shape[0], call, tail)
     _, rstd = rms_norm_forward(x, weight, eps, out=operands.rows.plain)
     return operands, rstd
 
 
 def _attention(operands: _Operands, spec: LayerSpec, call: Call, centre: torch.Tensor | None) -> _Attention:
     """q, k, v from the norm's output, then attention with the graph that its backward needs."""
-    qkv = group_forward(operands.rows, spec.qkv, operands.weights, operands.bits)
+    qkv = operands.forward()
     d, geometry = spec.head_dim, {"heads": spec.heads, "kv_heads": spec.kv_heads}
     qk = qkv[:, : (spec.heads + spec.kv_heads) * d]
     rope_forward(qk, _qk_bias(spec), call.cos, call.sin, centre, **geometry, out=qk)
     parts = torch.split(qkv, [spec.heads * d, spec.kv_heads * d, spec.kv_heads * d], 1)
-    q, k, v = (part.view(len(part), -1, d).detach().requires_grad_() for part in parts)
+    shapes = (spec.heads, d), (spec.kv_heads, d), (spec.kv_heads, d)
+    views = (part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True))  # type: ignore[no-untyped-call]
+    q, k, v = (view.detach().requires_grad_() for view in views)
     with torch.enable_grad():
         return _Attention((q, k, v), attend(q, k, v, call.sequences))
 
@@ -164,34 +207,21 @@ def _qk_bias(spec: LayerSpec) -> torch.Tensor | None:
     return torch.cat([spec.q_bias.detach(), spec.k_bias.detach()])
 
 
-def _after_attention(x: torch.Tensor, attention: _Attention, spec: LayerSpec, call: Call) -> torch.Tensor:
-    """h = x + o_proj(attention)."""
-    operands = _o_operands(attention, spec, call)
-    return group_forward(operands.rows, spec.o, operands.weights, operands.bits, residual=x)
-
-
-def _o_operands(attention: _Attention, spec: LayerSpec, call: Call) -> _Operands:
+def _o_operands(attention: _Attention, spec: LayerSpec, call: Call, tail: torch.Tensor | None = None) -> _Operands:
     """Attention's output lies where attention put it, so o_proj has the separate form."""
     group, rows = spec.o, attention.output.detach().flatten(1)
-    extended = isinstance(group.projections[0].weight, Quantised)
-    weights = assemble(group, call.dtype, extended=extended)
-    return _Operands(rows_of(rows, group.width), weights, draw_bits(group, rows.shape[0], call.seed))
+    quantised = isinstance(group.projections[0].weight, Quantised)
+    operands = _Operands(group, rows.shape[0], call, extended=quantised, known=tail is not None)
+    operands.rows = rows_of(rows, group.width) if tail is None else Rows(rows, tail)
+    return operands
 
 
 def _gate_up(operands: _Operands, spec: LayerSpec) -> Rows:
     """[gate | up], with room behind it for what the backward appends to its gradient."""
     group = spec.gate_up
     room = new_rows(operands.rows.plain.shape[0], group.rows, group.width, operands.weights)
-    group_forward(operands.rows, group, operands.weights, operands.bits, out=room.plain)
+    operands.forward(out=room.plain)
     return room
-
-
-def _down(h: torch.Tensor, gate_up: Rows, spec: LayerSpec, call: Call, *, in_place: bool) -> torch.Tensor:
-    """y = h + down_proj(silu(gate) up)."""
-    operands = _prepare(spec.down, h.shape[0], call)
-    swiglu_forward(gate_up.plain, out=operands.rows.plain)
-    out = h if in_place else None
-    return group_forward(operands.rows, spec.down, operands.weights, operands.bits, residual=h, out=out)
 
 
 class _FusedLayer(torch.autograd.Function):
@@ -209,16 +239,24 @@ class _FusedLayer(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> Any:
         del parameters  # the spec's own; autograd sees them through the argument list
-        operands, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
-        attention = _attention(operands, spec, call, centre)
-        h = _after_attention(x, attention, spec, call)
+        qkv, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
+        attention = _attention(qkv, spec, call, centre)
+        tails = [qkv.rows.tail.clone()]  # behind x in one buffer, which would live on with it
+        o = _o_operands(attention, spec, call)
+        h = o.forward(residual=x)
+        tails.append(o.rows.tail)
         operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call)
         gate_up = _gate_up(operands, spec)
-        y = _down(h, gate_up, spec, call, in_place=keep in ("input", "mlp"))
+        tails.append(operands.rows.tail.clone())
+        del qkv, o, operands
+        down = _prepare(spec.down, h.shape[0], call, None)
+        swiglu_forward(gate_up.plain, out=down.rows.plain)
+        y = down.forward(residual=h, out=h if keep in ("input", "mlp") else None)
+        tails.append(down.rows.tail.clone())
         ctx.spec, ctx.call, ctx.centre = spec, call, centre
         ctx.kept = _Kept()
         if any(ctx.needs_input_grad):
-            ctx.kept = _keep(spec, keep, place, x, attention, h, gate_up)
+            ctx.kept = _keep(spec, keep, place, x, _Tails(*tails), attention, h, gate_up)
         ctx.save_for_backward(x if ctx.kept.x is None else None)
         return y
 
@@ -226,27 +264,29 @@ class _FusedLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         spec, call, kept = ctx.spec, ctx.call, ctx.kept
+        tails = kept.tails or _Tails()
+        if kept.host is not None:
+            kept.host.fetch_below(spec.index)
         x = ctx.saved_tensors[0] if kept.x is None else kept.host.take(kept.x)
         dy = dy.contiguous()
-        ctx.kept = _Kept()  # its buffers are overwritten below; a second backward recomputes
+        ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
         need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
-        operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
+        operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call, tails.qkv)
         attention, h = kept.attention, kept.h
         if attention is None:
             attention = _attention(operands, spec, call, ctx.centre)
-            h = _after_attention(x, attention, spec, call)
-        else:
-            low_rank(operands.rows, spec.qkv, operands.weights, operands.bits)
-        dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, _kept_gate_up(kept, spec), spec, call, need_norm2)
-        d_qkv, o_grads = _attention_backward(dh.to(call.dtype), attention, operands, spec, call)
+            h = _o_operands(attention, spec, call, tails.o).forward(residual=x)
+        operands.fill_tail()
+        operands.pause()
+        dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, _kept_gate_up(kept, spec), tails, spec, call, need_norm2)
+        d_qkv, o_grads = _attention_backward(dh.to(call.dtype), attention, operands, tails, spec, call)
         dx, d_norm1 = None, None
         if need_dx or need_norm1:
-            dn = group_backward(d_qkv, spec.qkv, operands.weights, operands.bits)
+            dn = operands.backward(d_qkv)
             dx, d_norm1 = rms_norm_backward(dn, x, spec.norm1, rstd1, residual_grad=dh, need_weight=need_norm1, out=dh)
         else:
             project_back(d_qkv, spec.qkv, operands.weights)
-        qkv_grads = adapter_grads(d_qkv, operands.rows, spec.qkv, operands.bits)
-        grads = [*qkv_grads, *o_grads, *mlp_grads, d_norm1, d_norm2]
+        grads = [*operands.grads(d_qkv), *o_grads, *mlp_grads, d_norm1, d_norm2]
         typed = [
             grad.to(parameter.dtype) if need and grad is not None else None
             for grad, parameter, need in zip(grads, spec.parameters, ctx.needs_input_grad[6:], strict=True)
@@ -255,49 +295,57 @@ class _FusedLayer(torch.autograd.Function):
 
 
 def _mlp_backward(
-    dy: torch.Tensor, h: torch.Tensor, gate_up: Rows | None, spec: LayerSpec, call: Call, need_norm: bool
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    gate_up: Rows | None,
+    tails: _Tails,
+    spec: LayerSpec,
+    call: Call,
+    need_norm: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
     """(dh, gradients of the adapters of gate, up and down, gradient of the norm's weight)."""
-    operands, rstd = _norm(h, spec.norm2, spec.eps, spec.gate_up, call)
+    operands, rstd = _norm(h, spec.norm2, spec.eps, spec.gate_up, call, tails.gate_up)
     if gate_up is None:
         gate_up = _gate_up(operands, spec)
-    else:
-        low_rank(operands.rows, spec.gate_up, operands.weights, operands.bits)
-    d_gate_up, down_grads = _down_backward(dy.to(call.dtype), gate_up, spec, call)
-    dn = group_backward(d_gate_up, spec.gate_up, operands.weights, operands.bits)
-    grads = adapter_grads(d_gate_up, operands.rows, spec.gate_up, operands.bits)
+    operands.fill_tail()
+    operands.pause()
+    d_gate_up, down_grads = _down_backward(dy.to(call.dtype), gate_up, tails, spec, call)
+    dn = operands.backward(d_gate_up)
+    grads = operands.grads(d_gate_up)
     dh, d_norm = rms_norm_backward(dn, h, spec.norm2, rstd, residual_grad=dy, need_weight=need_norm)
     return dh, [*grads, *down_grads], d_norm
 
 
-def _down_backward(dy: torch.Tensor, gate_up: Rows, spec: LayerSpec, call: Call) -> tuple[Rows, list[torch.Tensor]]:
-    """(d[gate | up], written over gate_up; gradients of the adapters of down); silu(gate) up comes with SwiGLU backward."""
+def _down_backward(
+    dy: torch.Tensor, gate_up: Rows, tails: _Tails, spec: LayerSpec, call: Call
+) -> tuple[Rows, list[torch.Tensor]]:
+    """(d[gate | up], written over gate_up; gradients of down's adapters)."""
     group = spec.down
-    operands = _prepare(group, dy.shape[0], call)
+    operands = _prepare(group, dy.shape[0], call, tails.down)
     d_rows = new_rows(dy.shape[0], group.rows, group.width, operands.weights)
     copy_rows(dy, d_rows.plain)  # cheaper than adding LoRA's part to the wider gradient of silu(gate) up
-    d_inner = group_backward(d_rows, group, operands.weights, operands.bits)
+    d_inner = operands.backward(d_rows)
     swiglu_backward(d_inner, gate_up.plain, h_out=operands.rows.plain, out=gate_up.plain)
-    low_rank(operands.rows, group, operands.weights, operands.bits)
-    return gate_up, adapter_grads(d_rows, operands.rows, group, operands.bits)
+    operands.fill_tail()
+    return gate_up, operands.grads(d_rows)
 
 
 def _attention_backward(
-    dh: torch.Tensor, attention: _Attention, qkv: _Operands, spec: LayerSpec, call: Call
+    dh: torch.Tensor, attention: _Attention, qkv: _Operands, tails: _Tails, spec: LayerSpec, call: Call
 ) -> tuple[Rows, list[torch.Tensor]]:
     """(d[q | k | v] before bias and RoPE, gradients of o's adapters)."""
-    operands = _o_operands(attention, spec, call)
-    low_rank(operands.rows, spec.o, operands.weights, operands.bits)
+    operands = _o_operands(attention, spec, call, tails.o)
+    operands.fill_tail()
     d_rows = rows_of(dh, spec.o.width)
-    d_output = group_backward(d_rows, spec.o, operands.weights, operands.bits)
-    grads = adapter_grads(d_rows, operands.rows, spec.o, operands.bits)
+    d_output = operands.backward(d_rows)
+    grads = operands.grads(d_rows)
     dq, dk, dv = torch.autograd.grad(attention.output, attention.leaves, d_output.view_as(attention.output))
     d_qkv = new_rows(dh.shape[0], spec.qkv.rows, spec.qkv.width, qkv.weights)
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     d_q, d_k, d_v = torch.split(d_qkv.plain, [queries, keys, keys], 1)
-    rope_backward(dq.flatten(1), call.cos, call.sin, heads=spec.heads, kv_heads=0, out=d_q)
-    rope_backward(dk.flatten(1), call.cos, call.sin, heads=0, kv_heads=spec.kv_heads, out=d_k)
-    copy_rows(dv.flatten(1), d_v)
+    rope_backward(dq.flatten(1).contiguous(), call.cos, call.sin, heads=spec.heads, kv_heads=0, out=d_q)
+    rope_backward(dk.flatten(1).contiguous(), call.cos, call.sin, heads=0, kv_heads=spec.kv_heads, out=d_k)
+    copy_rows(dv.flatten(1).contiguous(), d_v)
     return d_qkv, grads
 
 

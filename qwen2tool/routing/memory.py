@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal, get_args
 
 from qwen2tool.routing.layer import Keep
@@ -20,8 +21,8 @@ from qwen2tool.routing.layer import Keep
 Recompute = Literal["auto", "all", "none"]
 HEAD_BYTES_PER_LOGIT = 6
 """fp32 logits and their 16-bit gradient."""
-BUS, PRODUCTS = 40e9, 650e12
-"""Bytes a second between host and device, operations a second of products: of PCIe 5 and a Hopper GPU, rounded down."""
+PRODUCTS, COPIES = 650e12, 2.5e12
+"""Operations a second of products, and bytes a second of device memory: a Hopper GPU's, rounded down."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Sizes:
         tokens, length: of a pass, and of its longest sequence.
         static: weights, adapters, their gradients and AdamW's two moments.
         embedding: the embedding table where it could wait on the host (untied, frozen), else 0.
+        bus: bytes a second from device to host; PCIe 5 reaches 47e9.
+        embedding_on_host: the table is there already (and not in `static`).
     """
 
     tokens: int
@@ -46,11 +49,18 @@ class Sizes:
     itemsize: int
     static: int
     embedding: int
+    bus: float = 40e9
+    embedding_on_host: bool = False
 
     @property
     def input(self) -> int:
         """Bytes of one layer's input."""
         return self.tokens * self.hidden * self.itemsize
+
+    @property
+    def tails(self) -> int:
+        """Bytes of drop(x) A^T of one layer's seven linears, always kept on the device."""
+        return self.tokens * 7 * self.rank_columns * self.itemsize
 
     @property
     def attention(self) -> int:
@@ -78,17 +88,23 @@ class Sizes:
     def gate_up_share(self) -> float:
         """The share of layers whose gate and up get over the bus, after the inputs, while the forward computes."""
         forward = (self.attention_products + 1.5 * self.mlp_products) / PRODUCTS
-        return min(max((BUS * forward - self.input) / self.mlp, 0.0), 1.0)
+        return min(max((self.bus * forward - self.input) / self.mlp, 0.0), 1.0)
 
-    @property
-    def working(self) -> int:
+    def working(self, frugal: bool) -> int:
         """Peak of one layer's backward above what layers keep: unpacked weights, and its activations."""
         h, i, n = self.hidden, self.intermediate, self.tokens
         gate_up = (2 * i + 2 * self.rank_columns) * (h + 2 * self.rank_columns)
         down = (h + self.rank_columns) * (i + self.rank_columns)
         qkv = (self.query_columns + 2 * self.kv_columns) * h
+        weights = max(gate_up, qkv) if frugal else gate_up + down + qkv
         activations = n * (2 * i + 2 * i + 4 * h)  # gate and up, silu(gate) up and its gradient, four rows of H
-        return (gate_up + down + qkv + activations) * self.itemsize + self.attention
+        return (weights + activations) * self.itemsize + self.attention
+
+    @property
+    def unpacking(self) -> float:
+        """What unpacking q, k, v, gate and up of one layer once more costs, in products' operations of that time."""
+        weights = self.hidden * (self.query_columns + 2 * self.kv_columns + 2 * self.intermediate)
+        return weights * 2.5 / COPIES * PRODUCTS
 
     def head(self, rows: int) -> int:
         """Bytes of the head's scratch for `rows` logits at a time, beside the saved gradient of its input."""
@@ -105,6 +121,7 @@ class MemoryPlan:
         host_gate_up: these layers keep gate and up, on the host.
         host_embedding: the embedding table waits on the host.
         head_rows: logits at a time, None for the op's own choice.
+        frugal: weights are unpacked again instead of held from the recomputation to the backward.
         estimate: bytes at the peak.
         saved: products that the backward need not repeat, in floating-point operations.
     """
@@ -114,6 +131,7 @@ class MemoryPlan:
     host_gate_up: frozenset[int] = frozenset()
     host_embedding: bool = False
     head_rows: int | None = None
+    frugal: bool = False
     estimate: int = 0
     saved: float = 0.0
 
@@ -125,6 +143,7 @@ class MemoryPlan:
             "gate_up_on_host": len(self.host_gate_up),
             "embedding_on_host": self.host_embedding,
             "head_rows": self.head_rows,
+            "frugal": self.frugal,
             "estimated_bytes": self.estimate,
         }
 
@@ -146,15 +165,18 @@ def plan_memory(sizes: Sizes, budget: int, recompute: Recompute = "auto", *, hos
 def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[MemoryPlan]:
     """Ways to spend the host's memory and bus, before the device's is filled."""
     level: Keep = "all" if recompute == "none" else "input"
-    for host_embedding in (False, True) if sizes.embedding and host else (False,):
+    embeddings = (True,) if sizes.embedding_on_host else (False, True) if sizes.embedding and host else (False,)
+    for host_embedding in embeddings:
         for host_inputs in (0, sizes.layers - 1) if host and recompute != "none" and sizes.layers > 1 else (0,):
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
-                for rows in (1024, 512, 256, 128):
-                    yield _plan(sizes, level, host_embedding, host_inputs, share, rows)
+                for frugal, rows in product((False, True), (1024, 512, 256, 128)):
+                    yield _plan(sizes, level, host_embedding, host_inputs, share, rows, frugal)
 
 
-def _plan(sizes: Sizes, level: Keep, host_embedding: bool, host_inputs: int, share: float, rows: int) -> MemoryPlan:
+def _plan(
+    sizes: Sizes, level: Keep, host_embedding: bool, host_inputs: int, share: float, rows: int, frugal: bool
+) -> MemoryPlan:
     chosen = frozenset(i for i in range(host_inputs) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
     on_device = sizes.layers * sizes.input
@@ -163,13 +185,16 @@ def _plan(sizes: Sizes, level: Keep, host_embedding: bool, host_inputs: int, sha
     kept = sizes.layers * (sizes.attention + sizes.mlp) if level == "all" else 0
     moving = sizes.mlp if chosen else 0
     static = sizes.static - (sizes.embedding if host_embedding else 0)
-    total = static + on_device + kept + max(sizes.working + moving, sizes.head(rows))
+    total = (
+        static + on_device + sizes.layers * sizes.tails + kept + max(sizes.working(frugal) + moving, sizes.head(rows))
+    )
     # Reading embeddings over the bus and small chunks of logits cost a little; it breaks ties.
-    cost = host_embedding * sizes.input / BUS * PRODUCTS + (1024 / rows - 1) * 0.02 * sizes.mlp_products
+    cost = host_embedding * sizes.input / sizes.bus * PRODUCTS + (1024 / rows - 1) * 0.02 * sizes.mlp_products
+    cost += sizes.layers * sizes.unpacking if frugal else 0.0
     saved = len(chosen) * sizes.mlp_products - cost
     if level == "all":
         saved += sizes.layers * (sizes.mlp_products + sizes.attention_products)
-    return MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, total, saved)
+    return MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, frugal, total, saved)
 
 
 def _lift(sizes: Sizes, plan: MemoryPlan, budget: int) -> MemoryPlan:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from qwen2tool.kernels.attention import Sequences
+from qwen2tool.kernels.backend import require
 
 
 class Flat(NamedTuple):
@@ -33,20 +34,24 @@ def flatten(
     Args:
         attention_mask: (B, T), 0 where a slot is padding, left, right or between.
         position_ids: (B, T) or (1, T). Without a mask, a step other than +1 starts a new packed sequence.
+
+    Raises:
+        ValueError: the mask has another shape.
     """
-    given = position_ids is not None
     positions = torch.arange(columns, device=device).expand(rows, -1) if position_ids is None else position_ids
     positions = positions.to(device).expand(rows, columns)
     if attention_mask is not None:
+        shape = tuple(attention_mask.shape)
+        require(shape == (rows, columns), "flatten", f"attention_mask is {shape}, not {(rows, columns)}")
         kept = attention_mask.to(device) != 0
         if not bool(kept.all()):
             return _padded(kept, positions)
-    elif given:
-        starts = torch.ones_like(positions, dtype=torch.bool)
-        starts[:, 1:] = positions[:, 1:] - positions[:, :-1] != 1
-        if int(starts.sum()) != rows:
+    elif position_ids is not None:
+        breaks = positions[:, 1:] - positions[:, :-1] != 1
+        if bool(breaks.any()):
+            starts = torch.nn.functional.pad(breaks, (1, 0), value=True)
             return _ragged(starts.flatten(), positions.flatten())
-    offsets = torch.arange(0, (rows + 1) * columns, max(columns, 1), dtype=torch.int32, device=device)[: rows + 1]
+    offsets = torch.arange(rows + 1, dtype=torch.int32, device=device) * columns
     return Flat(None, positions.flatten(), Sequences(offsets, columns, (rows, columns)))
 
 

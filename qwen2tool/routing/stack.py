@@ -163,7 +163,7 @@ class RoutedStack(nn.Module):
         half = angles[0].shape[-1] // 2
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
-        call = Call(flat.sequences, cos, sin, dtype, seed)
+        call = Call(flat.sequences, cos, sin, dtype, seed, frugal=self.memory is not None and self.memory.frugal)
         for index, (layer, spec) in enumerate(zip(self.layers, layers, strict=True)):
             if isinstance(spec, NotFused):
                 x = self._reference_layer(layer, index, x, flat, dtype)
@@ -193,10 +193,11 @@ class RoutedStack(nn.Module):
         return "input" if layer.gradient_checkpointing else "all"
 
     def _place(self, index: int, x: torch.Tensor) -> Place | None:
-        if self.memory is None or not x.is_cuda:
+        if self.memory is None or not x.is_cuda or not torch.is_grad_enabled():
             return None
-        place = Place(self._host, index < self.memory.host_inputs, index in self.memory.host_gate_up)
-        return place if place.x or place.gate_up else None
+        if not self.memory.host_inputs and not self.memory.host_gate_up:
+            return None
+        return Place(self._host, index < self.memory.host_inputs, index in self.memory.host_gate_up)
 
     def _centre(self, index: int, spec: LayerSpec) -> torch.Tensor | None:
         """Made once from the bias of k, and again if that bias or the frequencies changed."""

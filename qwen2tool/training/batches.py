@@ -94,7 +94,7 @@ def fill_up(batch: Packed, sequences: int) -> Packed:
     tail = offsets.new_full((sequences + 2 - len(offsets),), size)
     return batch | Packed(
         input_ids=torch.nn.functional.pad(batch["input_ids"], (0, extra)),
-        positions=torch.cat([batch["positions"], torch.arange(extra)]),
+        positions=torch.nn.functional.pad(batch["positions"], (0, extra)),
         offsets=torch.cat([offsets, tail]),
         longest=size,
         rows=torch.nn.functional.pad(batch["rows"], (0, room - scored)),
@@ -104,10 +104,13 @@ def fill_up(batch: Packed, sequences: int) -> Packed:
 
 
 def bucket(count: int) -> int:
-    """The next of 128, 192, 256, 384, 512, 768, ...: at most half as much again, a sixth on average."""
+    """The next of 128, 256, 512, 1024, 2048, 3072, 4096, 6144, ...
+
+    Below 2048 tokens a pass is bound by launches and captures, not by tokens; above, at most half is filled up.
+    """
     size = 128
     while size < count:
-        size += size // 2 if size & (size - 1) == 0 else size // 3
+        size += size // 2 if size >= 2048 and size & (size - 1) == 0 else size if size < 2048 else size // 3
     return size
 
 

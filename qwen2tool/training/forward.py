@@ -14,6 +14,7 @@ from qwen2tool.kernels.attention import Sequences
 from qwen2tool.kernels.head import token_log_probs
 from qwen2tool.routing.sequences import Flat
 from qwen2tool.routing.stack import RoutedStack
+from qwen2tool.training.batches import IGNORED
 from qwen2tool.training.losses import token_log_probs as log_probs_of_logits
 
 
@@ -37,8 +38,8 @@ def log_probs(model: Any, batch: Any, labels: torch.Tensor) -> torch.Tensor:
     if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad:
         rows = stack.memory.head_rows if stack.memory else None
         return token_log_probs(hidden.to(head.weight.dtype), head.weight, labels, chunk_rows=rows)
-    counts = labels >= 0
-    return log_probs_of_logits(head(hidden), labels.clamp(min=0)) * counts
+    scored = log_probs_of_logits(head(hidden), labels.clamp(min=0))
+    return torch.where(labels == IGNORED, 0.0, scored)
 
 
 def sum_by_owner(values: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers
 from qwen2tool.checkpoint.writer import atomic_folder, write_json
 from qwen2tool.errors import UserError
+from qwen2tool.training.fast import embedding_to_host
 from qwen2tool.training.guard import require_finite_weights
 from qwen2tool.training.settings import TrainSettings
 
@@ -75,15 +76,19 @@ def trainable_model(checkpoint: Checkpoint, settings: TrainSettings, placement: 
     model.config.use_cache = False
     if adapter is not None:
         with quiet_transformers():
-            return PeftModel.from_pretrained(model, adapter.path, is_trainable=True)
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+            model = PeftModel.from_pretrained(model, adapter.path, is_trainable=True)
+    else:
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=list(settings.lora_targets),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+    if settings.memory_budget is not None:  # before gradients and the optimizer come
+        embedding_to_host(model)
+    return model
 
 
 def _fitting_adapter(checkpoint: Checkpoint, path: str | None) -> Adapter | None:

@@ -19,7 +19,7 @@ import torch
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import Dtype, load_model
 from qwen2tool.routing.memory import Recompute
-from qwen2tool.training.fast import put_on_fast_path
+from qwen2tool.training.fast import embedding_to_host, put_on_fast_path
 from qwen2tool.training.forward import log_probs
 from qwen2tool.training.passes import Batch, Outcome, Passes
 
@@ -81,7 +81,10 @@ class Stepper:
             target_modules=list(LINEARS),
             task_type="CAUSAL_LM",
         )
-        return cls(get_peft_model(model, config).train(), options)
+        model = get_peft_model(model, config).train()
+        if options.memory_budget_gb is not None:
+            embedding_to_host(model)
+        return cls(model, options)
 
     def step(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
         """One optimizer step over `accumulation` tensors of ids (B, T), on the host; the mean loss of a token, ()."""

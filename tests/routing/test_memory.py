@@ -1,0 +1,210 @@
+"""The memory plan: within its budget wherever that is possible, better with every byte, and what it counts by hand."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from qwen2tool.routing.memory import Sizes, plan_memory
+
+LARGE = Sizes(
+    tokens=8192, length=2048, layers=32, hidden=4096, intermediate=11008, query_columns=4096, kv_columns=4096,
+    vocabulary=151936, rank_columns=64, itemsize=2, static=6_500_000_000, embedding=1_244_659_712,
+)  # fmt: skip
+SMALL = Sizes(
+    tokens=1024, length=1024, layers=24, hidden=896, intermediate=4864, query_columns=896, kv_columns=128,
+    vocabulary=151936, rank_columns=8, itemsize=2, static=1_000_000_000, embedding=0,
+)  # fmt: skip
+MODELS = {"7B": LARGE, "0.5B": SMALL, "one layer": replace(LARGE, layers=1), "fp32": replace(SMALL, itemsize=4)}
+ENOUGH = 1 << 62
+LEVELS = ("input", "mlp", "attention", "all")
+
+
+def smallest(sizes, **options):
+    return plan_memory(sizes, 0, **options).estimate
+
+
+def budgets(sizes, count=60, **options):
+    """From less than anything needs to more than everything takes."""
+    low, high = smallest(sizes, **options), plan_memory(sizes, ENOUGH, **options).estimate
+    return [low * 9 // 10 + (high * 11 // 10 - low * 9 // 10) * step // count for step in range(count + 1)]
+
+
+def kept_bytes(sizes, keep):
+    """What levels hold on the device beside inputs, written out: q, k, v, output, h, log-sum-exp | gate, up, ranks."""
+    attention = sizes.tokens * (sizes.itemsize * (2 * sizes.query_columns + 2 * sizes.kv_columns + sizes.hidden) + 4)
+    mlp = sizes.tokens * sizes.itemsize * 2 * (sizes.intermediate + sizes.rank_columns)
+    return {"input": 0, "attention": attention, "mlp": mlp, "all": attention + mlp}[keep]
+
+
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_within_the_budget_wherever_anything_fits(name, host):
+    sizes = MODELS[name]
+    low = smallest(sizes, host=host)
+    for budget in [*budgets(sizes, host=host), low - 1, low, low + 1]:
+        plan = plan_memory(sizes, budget, host=host)
+        assert plan.estimate <= budget if budget >= low else plan.estimate == low
+        assert len(plan.keep) == sizes.layers and set(plan.keep) <= set(LEVELS)
+
+
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_more_memory_never_saves_less(name, host):
+    sizes = MODELS[name]
+    fitting = [b for b in budgets(sizes, host=host) if b >= smallest(sizes, host=host)]
+    plans = [plan_memory(sizes, budget, host=host) for budget in fitting]
+    assert all(a.saved <= b.saved for a, b in itertools.pairwise(plans))
+    assert plans[0].saved < plans[-1].saved and set(plans[-1].keep) == {"all"}
+    levels = [sum(level in ("attention", "all") for level in plan.keep) for plan in plans]
+    assert levels == sorted(levels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_enough_memory_keeps_all_and_moves_nothing(name):
+    sizes = MODELS[name]
+    plan = plan_memory(sizes, ENOUGH)
+    assert plan.keep == ("all",) * sizes.layers
+    assert (plan.host_inputs, plan.host_gate_up, plan.host_embedding, plan.head_rows) == (0, frozenset(), False, 1024)
+    assert plan_memory(sizes, plan.estimate) == plan
+    assert plan_memory(sizes, plan.estimate - 1) != plan
+    assert plan.estimate == plan_memory(sizes, ENOUGH, "none").estimate
+
+
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_recompute_all_and_none_are_kept_to(name, host):
+    sizes = MODELS[name]
+    for budget in (0, 10**10, ENOUGH):
+        assert set(plan_memory(sizes, budget, "all", host=host).keep) == {"input"}
+        none = plan_memory(sizes, budget, "none", host=host)
+        assert set(none.keep) == {"all"} and none.host_inputs == 0 and not none.host_gate_up
+    assert smallest(sizes, recompute="all", host=host) == smallest(sizes, host=host)
+    assert smallest(sizes, recompute="none", host=host) > smallest(sizes, host=host)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_the_host_nothing_waits_there(name):
+    sizes = MODELS[name]
+    for budget in budgets(sizes, 20):
+        plan = plan_memory(sizes, budget, host=False)
+        assert (plan.host_inputs, plan.host_gate_up, plan.host_embedding) == (0, frozenset(), False)
+    if name == "7B":
+        assert smallest(sizes, host=True) < smallest(sizes, host=False) - sizes.embedding
+
+
+def test_the_host_is_used_for_what_it_can_take():
+    """An untied table, all inputs but the last layer's, and gate and up of the share that the bus carries."""
+    for budget in budgets(LARGE):
+        plan = plan_memory(LARGE, budget)
+        assert plan.host_inputs in (0, LARGE.layers - 1)
+        assert len(plan.host_gate_up) <= LARGE.gate_up_share * LARGE.layers
+        assert all(plan.keep[index] in ("mlp", "all") for index in plan.host_gate_up)
+        assert all(index < plan.host_inputs for index in plan.host_gate_up)
+        assert not plan_memory(replace(LARGE, embedding=0), budget).host_embedding
+    assert plan_memory(LARGE, 8 * 10**9).host_embedding
+    assert plan_memory(LARGE, 8 * 10**9).host_gate_up
+
+
+def test_a_table_that_is_on_the_host_already_stays_there():
+    """It is not in `static` any more, and counts neither as room to be won nor as a reason to move."""
+    there = replace(LARGE, static=LARGE.static - LARGE.embedding, embedding=0, embedding_on_host=True)
+    for budget in (8 * 10**9, ENOUGH):
+        assert plan_memory(there, budget).host_embedding
+    moved = plan_memory(LARGE, 8 * 10**9)
+    assert moved.host_embedding and plan_memory(there, 8 * 10**9) == moved
+
+
+def test_a_faster_bus_carries_more():
+    shares = [replace(LARGE, bus=rate).gate_up_share for rate in (0.0, 1e9, 20e9, 40e9, 1e13)]
+    assert shares == sorted(shares) and shares[0] == 0 and 0 < shares[2] < shares[3] < shares[4] == 1
+    slow = plan_memory(replace(LARGE, bus=1e9), 8 * 10**9)
+    assert not slow.host_gate_up and plan_memory(LARGE, 8 * 10**9).host_gate_up
+
+
+def test_layers_are_lifted_from_the_last_one():
+    """Attention of all layers first, then gate and up; the layers of a level always stand together."""
+    seen = set()
+    for budget in budgets(LARGE, host=False):
+        keep = plan_memory(LARGE, budget, host=False).keep
+        order = [LEVELS.index(level) for level in keep]
+        assert order == sorted(order), keep
+        assert not ({"input", "all"} <= set(keep)), "all layers reach attention before one keeps everything"
+        seen |= set(keep)
+    assert seen == {"input", "attention", "all"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_level_costs(name):
+    """Between two budgets the estimate grows by what the lifted layers keep, and by nothing else."""
+    sizes = MODELS[name]
+    base = plan_memory(sizes, ENOUGH, "all", host=False)
+    for budget in budgets(sizes, 20, host=False):
+        plan = plan_memory(sizes, budget, host=False)
+        if (plan.head_rows, plan.frugal) == (base.head_rows, base.frugal):
+            assert plan.estimate == base.estimate + sum(kept_bytes(sizes, level) for level in plan.keep)
+        step = kept_bytes(sizes, "attention" if "input" in plan.keep else "mlp")
+        full = plan.keep == ("all",) * sizes.layers
+        assert full or budget < plan.estimate or budget - plan.estimate < step, "room for a layer is left unused"
+
+
+def test_the_sum_by_hand():
+    """tokens 10, hidden 8, intermediate 16, q 8, kv 4 columns, rank 2, 2 bytes, vocabulary 50, two layers."""
+    sizes = Sizes(
+        tokens=10, length=5, layers=2, hidden=8, intermediate=16, query_columns=8, kv_columns=4, vocabulary=50,
+        rank_columns=2, itemsize=2, static=1000, embedding=0,
+    )  # fmt: skip
+    assert sizes.input == 10 * 8 * 2
+    assert sizes.attention == 10 * ((8 + 8 + 4 + 4 + 8) * 2 + 4)  # q, output, k, v, h; 4 bytes of log-sum-exp
+    assert sizes.mlp == 10 * (16 + 16 + 2 + 2) * 2
+    assert sizes.attention_products == 10 * (2 * 8 * (8 + 4 + 4 + 8) + 2 * 5 * 8)
+    assert sizes.mlp_products == 10 * 2 * (2 * 8 * 16)
+    assert sizes.tails == 10 * 7 * 2 * 2, "rank 2 behind the input of seven linears"
+    assert sizes.head(7) == 7 * 50 * 6 + 160
+    plan = plan_memory(sizes, ENOUGH)
+    # gate and up with their adapters' columns (36 x 12), down (10 x 18), q k v (16 x 8); rows of 4 x 16 + 4 x 8
+    head, work = sizes.head(1024), sizes.working(frugal=False)
+    assert work == 2 * (36 * 12 + 10 * 18 + 16 * 8 + 10 * (4 * 16 + 4 * 8)) + sizes.attention
+    frugal = sizes.working(frugal=True)
+    assert frugal == 2 * (36 * 12 + 10 * (4 * 16 + 4 * 8)) + sizes.attention
+    assert plan.estimate == 1000 + 2 * (160 + 280 + sizes.attention + sizes.mlp) + max(head, work)
+    assert plan.saved == 2 * (sizes.mlp_products + sizes.attention_products)
+    tight = plan_memory(sizes, 0)
+    assert tight.head_rows == 128 and not tight.frugal, "the head's scratch is the larger one"
+    assert tight.estimate == 1000 + 2 * (160 + 280) + max(sizes.head(128), work)
+
+
+def test_more_of_anything_needs_more():
+    """Every size counts: a plan that forgot one would promise what does not fit."""
+    for field in (
+        "tokens",
+        "layers",
+        "hidden",
+        "intermediate",
+        "query_columns",
+        "kv_columns",
+        "rank_columns",
+        "static",
+    ):
+        larger = replace(LARGE, **{field: getattr(LARGE, field) * 2})
+        assert plan_memory(larger, ENOUGH, "none").estimate > plan_memory(LARGE, ENOUGH, "none").estimate, field
+        if field != "layers":  # with inputs on the host, layers cost the host alone
+            assert smallest(larger) > smallest(LARGE), field
+    small = replace(LARGE, tokens=128)
+    assert smallest(replace(small, vocabulary=10**6, embedding=0)) > smallest(replace(small, embedding=0))
+
+
+def test_described_in_plain_values():
+    plan = plan_memory(LARGE, 8 * 10**9)
+    assert plan.describe() == {
+        "keep": {level: plan.keep.count(level) for level in LEVELS},
+        "layer_inputs_on_host": 31,
+        "gate_up_on_host": len(plan.host_gate_up),
+        "embedding_on_host": True,
+        "head_rows": 1024,
+        "frugal": plan.frugal,
+        "estimated_bytes": plan.estimate,
+    }
+    assert sum(plan.describe()["keep"].values()) == 32

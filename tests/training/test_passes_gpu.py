@@ -1,0 +1,161 @@
+"""On a GPU: passes replayed from CUDA graphs give the bits of the eager path, step by step, under dropout."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from qwen2tool.routing.memory import MemoryPlan
+from qwen2tool.routing.swap import route
+from qwen2tool.training.batches import fill_up, pack
+from qwen2tool.training.forward import log_probs
+from qwen2tool.training.passes import Passes
+from tests.routing.models import lora_model
+from tests.training.test_batches import samples
+
+pytestmark = pytest.mark.gpu
+LARGER = {"hidden_size": 512, "intermediate_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2}
+SHORT, MIDDLE, LONG = (40, 9, 60), (150, 30), (200, 100, 31)  # buckets of 128, 192 and 384
+KEEPS = [("input",) * 3, ("input", "attention", "all")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Frozen weights in bf16, fp32 adapters, dropout on."""
+    made = lora_model(config=LARGER, dropout=0.1)
+    for name, parameter in made.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "lora_" in name else torch.bfloat16)
+    return made.cuda()
+
+
+def batch_of(lengths, seed):
+    batch = fill_up(pack(samples(*lengths, seed=seed)), 4)
+    on_gpu = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
+    return on_gpu | {"scored": torch.tensor(float((batch["labels"] >= 0).sum()), device="cuda")}
+
+
+class Run:
+    """A routed copy of a model with its optimizer; `step` is some passes and one update."""
+
+    def __init__(self, model, *, graphs, memory=None, scale=lambda loss: loss):
+        self.model = copy.deepcopy(model)
+        route(self.model, memory=memory)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
+        context = partial(torch.autocast, "cuda", torch.bfloat16)
+        self.passes = Passes(self.loss, self.parameters, context, graphs=graphs, scale=scale)
+        torch.manual_seed(11)
+
+    def loss(self, batch):
+        values = log_probs(self.model, batch, batch["labels"])
+        return {"loss": -values.sum() / batch["scored"], "least": values.min()}
+
+    def step(self, batches, *, to_none=True):
+        outcomes = [self.passes(batch) for batch in batches]
+        gradients = [p.grad.clone() for p in self.parameters]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=to_none)
+        return [value for outcome in outcomes for value in outcome.values()] + gradients
+
+
+def different(ours, theirs):
+    return [index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)]
+
+
+SEQUENCE = [SHORT, MIDDLE, SHORT, SHORT, MIDDLE, LONG, SHORT, MIDDLE]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("keep", KEEPS, ids=["input", "mixed"])
+def test_graphs_and_eager_give_the_same_bits(keep, to_none, model):
+    """Outcomes, gradients and updated parameters, over shapes seen for the first, second and further times."""
+    memory = MemoryPlan(keep)
+    runs = []
+    for graphs in (True, False):
+        run = Run(model, graphs=graphs, memory=memory)
+        steps = [run.step([batch_of(lengths, seed)], to_none=to_none) for seed, lengths in enumerate(SEQUENCE)]
+        runs.append([*steps, [p.detach() for p in run.parameters]])
+        assert run.passes.captured == (2 if graphs else 0), "a shape is captured when it comes a second time"
+    assert [different(a, b) for a, b in zip(*runs, strict=True)] == [[]] * (len(SEQUENCE) + 1)
+
+
+def test_gradients_add_up_over_passes(model):
+    """Accumulation over graphs of two shapes and an eager first pass, in every mixture."""
+    runs = []
+    for graphs in (True, False):
+        run = Run(model, graphs=graphs)
+        steps = [
+            run.step([batch_of(lengths, 10 * step + n) for n, lengths in enumerate((SHORT, MIDDLE, SHORT))])
+            for step in range(3)
+        ]
+        runs.append(steps)
+        assert run.passes.captured == (2 if graphs else 0)
+    assert [different(a, b) for a, b in zip(*runs, strict=True)] == [[]] * 3
+    alone = Run(model, graphs=False).step([batch_of(SHORT, 0)])
+    assert different(alone[2:], runs[1][0][6:]) != [], "one pass alone has other gradients than three"
+
+
+def test_every_replay_draws_new_masks(model):
+    """The same batch again and again: without an update its loss changes by dropout alone, as it does eagerly."""
+    losses = []
+    for graphs in (True, False):
+        run = Run(model, graphs=graphs)
+        losses.append([float(run.passes(batch_of(SHORT, 0))["loss"]) for _ in range(6)])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 6
+    repeated = Run(model, graphs=True)
+    again = [float(repeated.passes(batch_of(SHORT, 0))["loss"]) for _ in range(6)]
+    assert again == losses[0], "the seed decides"
+
+
+def test_outcomes_are_the_caller_s(model):
+    """A later replay does not change what an earlier one returned."""
+    run = Run(model, graphs=True)
+    outcomes = [run.passes(batch_of(SHORT, seed)) for seed in range(5)]
+    before = [float(outcome["loss"]) for outcome in outcomes]
+    run.passes(batch_of(SHORT, 9))
+    assert [float(outcome["loss"]) for outcome in outcomes] == before and len(set(before)) == 5
+    assert not any(value.requires_grad for outcome in outcomes for value in outcome.values())
+
+
+def test_the_loss_is_scaled_before_its_backward(model):
+    """By a tensor that changes between replays, as a loss scaler's does."""
+    factor = torch.tensor(1.0, device="cuda")
+    run = Run(model, graphs=True, scale=lambda loss: loss * factor)
+    plain = Run(model, graphs=False)
+    for value in (1.0, 4.0, 8.0, 2.0):  # powers of two are exact
+        factor.fill_(value)
+        run.model.zero_grad()
+        plain.model.zero_grad()
+        state = torch.cuda.get_rng_state()
+        outcome = run.passes(batch_of(SHORT, 1))
+        torch.cuda.set_rng_state(state)
+        expected = plain.passes(batch_of(SHORT, 1))
+        assert torch.equal(outcome["loss"], expected["loss"])
+        for ours, theirs in zip(run.parameters, plain.parameters, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad * value, rtol=1e-5, atol=0)
+
+
+def test_with_inputs_on_the_host(model):
+    """Copies to pinned memory are part of the graph; shapes grow and shrink in between."""
+    plan = MemoryPlan(("input", "mlp", "input"), 2, frozenset({1}))
+    runs = []
+    for graphs, memory in ((True, plan), (False, plan), (False, MemoryPlan(plan.keep))):
+        run = Run(model, graphs=graphs, memory=memory)
+        shapes = [SHORT, SHORT, LONG, SHORT, LONG, MIDDLE, LONG, SHORT]
+        runs.append([run.step([batch_of(lengths, seed)]) for seed, lengths in enumerate(shapes)])
+    for other in runs[1:]:
+        assert [different(a, b) for a, b in zip(runs[0], other, strict=True)] == [[]] * 8
+
+
+def test_another_seed_is_another_run(model):
+    """Control: what `different` compares does differ where it should."""
+    runs = []
+    for seed in (11, 12):
+        run = Run(model, graphs=False)
+        torch.manual_seed(seed)
+        runs.append(run.step([batch_of(SHORT, 0)]))
+    assert len(different(*runs)) == len(runs[0])
