@@ -18,3 +18,8 @@ FEWEST_TOKENS = 32
 UPDATE_SLACK = 2.0**-20
 """Of the largest entry of B A: where W and the update cancel, the order of fp32 sums over the rank shows by more than
 one unit of the (tiny) result. 2**-20 is sixteen fp32 roundings; a bf16 unit is 2**-8."""
+ROUTE_FLOOR = {"float32": 1e-6, "float16": 1e-4, "bfloat16": 8e-4}
+"""Relative error that a fused layer may show where transformers' own happens to be exact: what one rounding costs."""
+ROUTE_LUCK = 2.0
+"""Times its bar at which a fused layer is wrong, not unlucky. In short texts near-ties of attention decide whose
+rounding looks better: of 96 runs of right layers on 30 tokens the worst gradient was at 1.37, on 140 tokens at 0.82."""

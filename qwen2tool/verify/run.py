@@ -57,7 +57,7 @@ def verify(
     mine, theirs = open_checkpoint(reference), open_checkpoint(candidate)
     _require_comparable(mine, theirs)
     opened = _open_adapter(adapter, adapter_on, mine)
-    chosen = _first(samples, max_tokens, mine)
+    chosen = first_samples(samples, max_tokens, mine)
     inventory = compare_inventories(mine, theirs)
     tensors = compare_tensors(mine, theirs, opened)
     biases = describe_biases(inventory.missing, tensors, mine.geometry.num_hidden_layers)
@@ -82,24 +82,36 @@ def verify(
         floor=floor,
         floor_of=floor_of,
         notes=tuple(_notes(mine, theirs, opened, adapter_on, inventory, hindrance)),
-        environment=_environment(device),
+        environment=environment(device),
         seconds=time.perf_counter() - start,
     )
 
 
 def _require_comparable(reference: Checkpoint, candidate: Checkpoint) -> None:
-    """Passes a whole reference and a candidate of its kind.
-
-    A broken reference is exit code 2 here: code 1 says that the candidate differs, which nobody can know then.
-    """
+    """Passes a whole reference and a candidate of its kind."""
     for side in (reference, candidate):
-        if side.geometry.model_type != "qwen2":
-            raise UserError(f"{side.path}: model_type is {side.geometry.model_type!r}, not 'qwen2'", "Convert it first")
-        if side.geometry.quantization is not None:
-            raise UserError(f"{side.path}: is quantised", "Compare the 16- or 32-bit checkpoint")
-        for name, info in side.tensors.items():
-            if info.dtype not in COARSENESS:
-                raise UserError(f"{side.path}: {name} is {info.dtype}", "Compare the 16- or 32-bit checkpoint")
+        _require_plain(side)
+    require_reference(reference)
+
+
+def _require_plain(side: Checkpoint) -> None:
+    if side.geometry.model_type != "qwen2":
+        raise UserError(f"{side.path}: model_type is {side.geometry.model_type!r}, not 'qwen2'", "Convert it first")
+    if side.geometry.quantization is not None:
+        raise UserError(f"{side.path}: is quantised", "Compare the 16- or 32-bit checkpoint")
+    for name, info in side.tensors.items():
+        if info.dtype not in COARSENESS:
+            raise UserError(f"{side.path}: {name} is {info.dtype}", "Compare the 16- or 32-bit checkpoint")
+
+
+def require_reference(reference: Checkpoint) -> None:
+    """Passes a whole Qwen2 in 16 or 32 bit.
+
+    Raises:
+        UserError: with exit code 2 also where something is missing: code 1 says that the other side differs, which
+            nobody can know then.
+    """
+    _require_plain(reference)
     try:
         require_whole(reference)
     except UserError as error:
@@ -117,8 +129,12 @@ def _open_adapter(path: Path | None, adapter_on: str, base: Checkpoint) -> Adapt
     return adapter
 
 
-def _first(samples: Sequence[Sample], max_tokens: int, reference: Checkpoint) -> list[Sample]:
-    """The samples that `max_tokens` leave room for, the last one cut, without those that score nothing."""
+def first_samples(samples: Sequence[Sample], max_tokens: int, reference: Checkpoint) -> list[Sample]:
+    """The samples that `max_tokens` leave room for, the last one cut, without those that score nothing.
+
+    Raises:
+        UserError: a token id beyond the reference's vocabulary.
+    """
     chosen: list[Sample] = []
     room = max_tokens
     for sample in samples:
@@ -210,6 +226,7 @@ def _notes(
     return notes
 
 
-def _environment(device: str) -> dict[str, str]:
+def environment(device: str) -> dict[str, str]:
+    """The device by name, and the versions that a figure depends on."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
     return {"device": name, **{package: version(package) for package in ("torch", "transformers", "peft")}}
