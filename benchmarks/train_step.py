@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ from readme_tables import speed_table  # noqa: E402
 from benchmarks.ceilings import floor  # noqa: E402
 from benchmarks.train_peer import PEERS, Job  # noqa: E402
 
-ALL = ("ours", "unsloth", "liger", "hf", "hf_kbit")
+ALL = ("unsloth", "ours", "liger", "hf", "hf_kbit")
 OUT_OF_TIME = "not started: --seconds were used up"
-WITHOUT_KBIT = ("ours", "unsloth", "liger", "hf")
+WITHOUT_KBIT = ("unsloth", "ours", "liger", "hf")
 """For a 16-bit base: there PEFT's preparation would cast the whole model to fp32."""
 
 
@@ -47,7 +47,8 @@ WITHOUT_KBIT = ("ours", "unsloth", "liger", "hf")
 class Setting:
     """What is trained: fields as in `train_peer.Job`; `peers` in the order in which they take turns.
 
-    `recompute` holds for the peers, and for ours without a budget; with `budget_gb` ours runs its memory plan.
+    `recompute` holds for the peers. Ours runs its memory plan within `budget_gb`, or, where that is 0, within what
+    Unsloth's run before it peaked at; without either, `recompute` holds for it too.
     """
 
     geometry: str
@@ -67,7 +68,7 @@ SETTINGS = {
     "large": Setting(geometry="qwen1.5-7b", batch=4, length=2048),
     "large_dropout": Setting(geometry="qwen1.5-7b", batch=4, length=2048, dropout=0.05),
     "large_42gb": Setting(
-        geometry="qwen1.5-7b", batch=4, length=2048, recompute="none", budget_gb=42, peers=("ours", "unsloth")
+        geometry="qwen1.5-7b", batch=4, length=2048, recompute="none", budget_gb=42, peers=("unsloth", "ours")
     ),
     "seed": Setting(geometry="qwen1.5-7b", batch=1, length=1024, dropout=0.05, accumulation=16),
     "small": Setting(geometry="qwen1.5-7b", batch=1, length=1024, rank=8),
@@ -166,16 +167,20 @@ def measure(
             elif deadline.left() < max(10.0, longest):
                 found = {"error": OUT_OF_TIME, "skipped": True}
             else:
-                found = run_peer(job(setting, peer, model, options), options, deadline)
+                found = run_peer(job(setting, peer, model, options, runs), options, deadline)
             runs.append({"peer": peer, "round": number + 1, "seconds": round(time.monotonic() - start, 1), **found})
             yield part | {"peers": summary(runs, part.get("floor_ms", math.nan)), "runs": list(runs)}
 
 
-def job(setting: Setting, peer: str, model: Path, options: argparse.Namespace) -> Job:
-    """What one process is told."""
+def job(
+    setting: Setting, peer: str, model: Path, options: argparse.Namespace, runs: Sequence[dict[str, Any]] = ()
+) -> Job:
+    """What one process is told; `runs` are those before it."""
     fields = {name: value for name, value in asdict(setting).items() if name not in ("geometry", "peers")}
     if peer.startswith("ours"):
-        fields["budget_gb"] = setting.budget_gb if options.budget_gb is None else options.budget_gb
+        rival = [run["memory_gb"]["peak_allocated"] for run in runs if run["peer"] == "unsloth" and "error" not in run]
+        default = setting.budget_gb or min(rival, default=0.0)
+        fields["budget_gb"] = default if options.budget_gb is None else options.budget_gb
         fields["recompute"] = options.recompute or ("auto" if fields["budget_gb"] else setting.recompute)
     warmup = 2 if setting.accumulation > 1 else 4
     counted = options.steps or (8 if setting.accumulation > 1 else 16)

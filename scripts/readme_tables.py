@@ -247,9 +247,119 @@ def _time_cell(time: float | str | None) -> str:
     return time.split(":")[0] if isinstance(time, str) else f"{time:,.0f} us" if time >= 100 else f"{time:.1f} us"
 
 
+DISTANCES = (
+    "routed against reference",
+    "routed against reference in float32",
+    "reference against reference in float32",
+)
+"""What scripts/trajectories.py compares."""
+
+
+def trajectories() -> str:
+    """Differences of losses, and what made each of them."""
+    found = load_if_measured("trajectories")
+    origins = dict.fromkeys(made_by(part) for part in found.values())
+    return "\n\n".join((trajectory_table(found), *origins)) if found else NOT_MEASURED
+
+
+def trajectory_table(found: dict[str, Any]) -> str:
+    """Parts of trajectories.json, a row a dtype: mean and largest |difference| of losses, and how the runs ended."""
+    columns = ("", "dtype", "routed - reference", "routed - fp32", "reference - fp32", "routed", "reference")
+    rows = []
+    for name, part in found.items():
+        for dtype in dict.fromkeys(run["dtype"] for run in part["runs"]):
+            lines = [line for line in part["comparisons"] if line["dtype"] == dtype]
+            cells = (_distance_cell([line for line in lines if line["what"] == what]) for what in DISTANCES)
+            runs = [run for run in part["runs"] if run["dtype"] == dtype]
+            ends = (_end_cell([run for run in runs if run["routes"] == routes]) for routes in ("auto", "reference"))
+            rows.append((name, dtype, *cells, *ends))
+    return table(columns, rows)
+
+
+def _distance_cell(lines: list[dict[str, Any]]) -> str:
+    """Over all seeds; a comparison without a step in common says nothing."""
+    lines = [line for line in lines if line["steps"]]
+    if not lines:
+        return "-"
+    means, largest = ([float(line[name]) for line in lines] for name in ("mean", "max"))
+    return f"{sum(means) / len(means):.2g} ({max(largest):.2g})"
+
+
+def _end_cell(runs: list[dict[str, Any]]) -> str:
+    """The worst of the seeds: where a run stopped, or how many steps the loss scaler left out and the last of them."""
+    if not runs:
+        return "-"
+    stopped = [len(run["losses"]) + 1 for run in runs if not run["finite"]]
+    if stopped:
+        return f"not finite at step {min(stopped)}"
+    last = max((step for run in runs for step in run["skipped_at"]), default=0)
+    skipped = max(run["skipped"] for run in runs)
+    return f"finite, {skipped} of {len(runs[0]['losses'])} skipped, the last at {last}" if skipped else "finite"
+
+
+IMPLEMENTATIONS = {
+    "ours": "qwen2tool", "hf sdpa": "HF sdpa", "hf eager": "HF eager", "liger": "HF + Liger", "unsloth": "Unsloth",
+}  # fmt: skip
+"""Of scripts/gradient_proof.py, as the README calls them."""
+SHOWN_LAYERS = (0, 1, 2, 4, 8, 12, 16, 20)
+
+
+def gradients() -> str:
+    """Errors of LoRA gradients of each model measured, then those of q_proj over norms of k biases."""
+    found = load_if_measured("gradients")
+    if not found:
+        return NOT_MEASURED
+    return "\n\n".join(
+        text
+        for part in found.values()
+        for text in (gradient_table(part), _gradient_setting(part), norm_table(part), made_by(part))
+    )
+
+
+def gradient_table(part: dict[str, Any]) -> str:
+    """A part of gradients.json: error of all adapters, of q, k and v_proj, and of q_proj layer by layer."""
+    count = max(len(run.get("q_proj", ())) for runs in part["errors"].values() for run in runs.values())
+    layers = [layer for layer in SHOWN_LAYERS if layer < count]
+    columns = ("", "dtype", "all", "q_proj", "k_proj", "v_proj", *(f"q of layer {layer}" for layer in layers))
+    rows = []
+    for dtype, runs in part["errors"].items():
+        for who, run in runs.items():
+            if "error" in run:
+                rows.append((IMPLEMENTATIONS[who], dtype, str(run["error"]).split(":")[0], *["-"] * (3 + len(layers))))
+                continue
+            errors = (run["all"], *(run[f"{p}_proj_all"] for p in "qkv"), *(run["q_proj"][layer] for layer in layers))
+            rows.append((IMPLEMENTATIONS[who], dtype, *map(_error_cell, errors)))
+    return table(columns, rows)
+
+
+def norm_table(part: dict[str, Any]) -> str:
+    """A part of gradients.json: error of q_proj (median and worst layer) for each norm of the k biases."""
+    found = part["k_bias"]
+    rows = [
+        (IMPLEMENTATIONS[who], dtype, *map(_norm_cell, errors))
+        for dtype, runs in found["errors"].items()
+        for who, errors in runs.items()
+    ]
+    return table(("q_proj, norm of k biases", "dtype", *(f"{norm:g}" for norm in found["norms"])), rows)
+
+
+def _norm_cell(error: dict[str, float | str]) -> str:
+    whole, middle, worst = (_error_cell(error[name]) for name in ("q_proj", "median", "worst"))
+    return whole if isinstance(error["worst"], str) else f"{whole} ({middle}, {worst})"
+
+
+def _gradient_setting(part: dict[str, Any]) -> str:
+    text = f"{part['model']}: {part['tokens']} tokens of {part['data']}, {part['answer_tokens']} of them scored"
+    return f"{text}, LoRA r {part['setting']['rank']} on all linears; errors against fp32 with plain attention."
+
+
+def _error_cell(error: float | str) -> str:
+    return "not finite" if isinstance(error, str) else f"{error:.2%}"
+
+
 TABLES = {
     "biases": biases, "damage": damage, "training": training, "merged": merged, "seven": seven, "speed": speed,
-    "kernels": kernels,
+    "kernels": kernels, "trajectories": trajectories, "gradients": gradients,
 }  # fmt: skip
 
 

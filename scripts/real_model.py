@@ -169,6 +169,7 @@ def score(options: argparse.Namespace, adapter: Path, reference: Path | None) ->
 
     from qwen2tool.checkpoint.folder import open_checkpoint
     from qwen2tool.checkpoint.load import load_model, load_tokenizer
+    from qwen2tool.routing.swap import route
     from qwen2tool.training.dataset import read_records
     from qwen2tool.training.evaluate import dpo_score, pair_log_probs, sft_score
     from qwen2tool.training.model import place
@@ -180,21 +181,20 @@ def score(options: argparse.Namespace, adapter: Path, reference: Path | None) ->
     settings = [load_settings(None, names | {"task": task, "max_length": 2048}) for task in ("sft", "dpo")]
     placement, checkpoint = place(settings[0]), open_checkpoint(options.model)
     tokenizer = load_tokenizer(checkpoint.path)
-    pad = tokenizer.pad_token_id
     instructions = read_records(tokenizer, options.work / "alpaca_en_demo-held-out.json", settings[0]).items
     pairs = read_records(tokenizer, options.work / "dpo_en_demo-held-out.json", settings[1]).items
 
     def loaded(path: Path) -> Any:
         model = load_model(checkpoint, dtype=placement.dtype, device=placement.device, nf4=True)
-        return PeftModel.from_pretrained(model, path)
+        model = PeftModel.from_pretrained(model, path)
+        route(model)
+        return model
 
     model = loaded(adapter)
-    found: dict[str, Any] = {"sft": asdict(sft_score(model, instructions, pad, placement, 4))}
+    found: dict[str, Any] = {"sft": asdict(sft_score(model, instructions, placement, 4))}
     if reference:
-        policy = pair_log_probs(model, pairs, pad, placement, 4)
-        found["dpo"] = asdict(
-            dpo_score(policy, pair_log_probs(loaded(reference), pairs, pad, placement, 4), pairs, 0.1)
-        )
+        policy = pair_log_probs(model, pairs, placement, 4)
+        found["dpo"] = asdict(dpo_score(policy, pair_log_probs(loaded(reference), pairs, placement, 4), pairs, 0.1))
     return found
 
 

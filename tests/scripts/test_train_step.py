@@ -103,6 +103,9 @@ def test_a_budget_is_the_memory_plan_of_ours_alone(options):
     assert (ours.recompute, ours.budget_gb, unsloth.recompute) == ("auto", 42, "none")
     plain = train_step.job(train_step.SETTINGS["large"], "ours", options.work, options)
     assert (plain.recompute, plain.budget_gb) == ("all", 0)
+    runs = [{"peer": peer, **fake_run(ms)} for peer, ms in (("hf", 100.0), ("unsloth", 1040.0))]
+    after = [train_step.job(train_step.SETTINGS["large"], p, options.work, options, runs) for p in ("ours", "liger")]
+    assert [(j.recompute, j.budget_gb) for j in after] == [("auto", 10.4), ("all", 0)], "what Unsloth peaked at"
 
 
 def test_at_least_eight_steps_are_counted(options):
@@ -110,7 +113,7 @@ def test_at_least_eight_steps_are_counted(options):
     for setting in train_step.SETTINGS.values():
         job = train_step.job(setting, "hf", options.work, options)
         assert job.steps - job.warmup >= 8
-        assert setting.peers[:2] == ("ours", "unsloth")
+        assert setting.peers[:2] == ("unsloth", "ours")
 
 
 def test_transformers_in_a_process_of_its_own(options):
