@@ -90,10 +90,10 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, or what the environment says it is where there is no git."""
+    """What QWEN2TOOL_COMMIT says (a copy of the files may lie in an older checkout), else the commit of this checkout."""
     line = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("QWEN2TOOL_COMMIT", "unknown")
+    named = os.environ.get("QWEN2TOOL_COMMIT", "")[:12]
+    return named or subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def write_result(file: Path, command: Sequence[str], parts: dict[str, Any]) -> None:
