@@ -135,6 +135,15 @@ class MemoryPlan:
     estimate: int = 0
     saved: float = 0.0
 
+    def __str__(self) -> str:
+        kept = ", ".join(f"{count} x {level}" for level, count in self.describe()["keep"].items() if count)
+        moved = (
+            f"{self.host_inputs} layer inputs on the host" if self.host_inputs else "",
+            f"gate and up of {len(self.host_gate_up)} on the host" if self.host_gate_up else "",
+            "embedding on the host" if self.host_embedding else "",
+        )
+        return "; ".join([f"kept {kept}", *filter(None, moved)])
+
     def describe(self) -> dict[str, Any]:
         """Plain values for a log and a report."""
         return {

@@ -20,8 +20,11 @@ from qwen2tool.checkpoint.header import read_header
 from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import quiet_transformers
 from qwen2tool.errors import UserError
-from qwen2tool.routing.plan import RoutePlan, plan_routes
+from qwen2tool.routing.memory import MemoryPlan, plan_memory
+from qwen2tool.routing.plan import LINEARS, RoutePlan, plan_routes
+from qwen2tool.routing.sizes import measure
 
+LINEAR_NAMES = [name for names in LINEARS.values() for name in names]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 """What `train --quantize nf4` asks of bitsandbytes."""
 
@@ -35,9 +38,35 @@ def plan_checkpoint(checkpoint: Checkpoint, adapter: Path | None = None, *, nf4:
     Raises:
         UserError: not a whole Qwen2, a quantisation other than bitsandbytes', an adapter that does not fit.
     """
+    return plan_routes(_training_model(checkpoint, adapter, nf4))
+
+
+def plan_checkpoint_memory(
+    checkpoint: Checkpoint, adapter: Path | None = None, *, nf4: bool = False, tokens: int, length: int, budget: int
+) -> MemoryPlan:
+    """What training on a GPU keeps where, within `budget` bytes, for passes of `tokens` tokens.
+
+    Args:
+        adapter: without one, the LoRA that `train` puts on by default: rank 64 on all seven linears.
+        length: the longest sequence.
+
+    Raises:
+        UserError: as `plan_checkpoint`.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = _training_model(checkpoint, adapter, nf4)
+    if adapter is None:
+        config = LoraConfig(r=64, target_modules=LINEAR_NAMES, task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(model, config, low_cpu_mem_usage=True)
+    return plan_memory(measure(model, tokens, length, torch.bfloat16), budget)
+
+
+def _training_model(checkpoint: Checkpoint, adapter: Path | None, nf4: bool) -> Any:
     require_whole(checkpoint)
     model = meta_model(checkpoint, nf4=nf4)
-    return plan_routes(model if adapter is None else _adapted(model, adapter))
+    return model if adapter is None else _adapted(model, adapter)
 
 
 def meta_model(checkpoint: Checkpoint, *, nf4: bool = False) -> Any:
@@ -108,6 +137,7 @@ def _adapted(model: Any, adapter: Path) -> Any:
     remedy = "Use the base that the adapter was trained on"
     with _one_line(f"{adapter}: PEFT cannot put this adapter on the base", remedy):
         config = PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = False  # as it was saved, to be loaded for training
         if config.is_prompt_learning:
             raise UserError(f"{adapter}: {config.peft_type.value} changes the input, no module", "Leave out --adapter")
         if hasattr(config, "init_lora_weights"):

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 
-from qwen2tool.console import print_table, say
+from qwen2tool.console import format_bytes, print_table, say
+from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import Route, RoutePlan
 
 LAYER = re.compile(r"layers\.(\d+)\.?(.*)")
@@ -17,6 +18,12 @@ def print_plan(plan: RoutePlan) -> None:
     print_table("", ("module", "runs", "why"), _rows(fold(plan)), numeric_from=3)
     say("")
     say(f"{summary(plan)}, in training with the base frozen")
+
+
+def print_memory(memory: MemoryPlan, *, assumed: bool) -> None:
+    """What layers keep where, and the peak that the plan reckons with."""
+    lora = ", LoRA of rank 64 on all seven linears" if assumed else ""
+    say(f"memory: {memory}; about {format_bytes(memory.estimate)} at the peak{lora}")
 
 
 def _rows(folded: list[Route]) -> Iterator[tuple[str, str, str]]:

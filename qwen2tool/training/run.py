@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from transformers import TrainingArguments, set_seed
@@ -55,35 +55,20 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     Raises:
         UserError: anything in the input that stands in the way, or a loss or gradient that is not finite.
     """
-    _require_one_process()
     start, output = time.perf_counter(), Path(settings.output)
-    checkpoint_folder = resume_point(output, settings) if resume else None
-    if not resume:
-        require_free(output, overwrite)
-        require_apart(output, *_inputs(settings))
-    placement = place(settings)
-    _require_trackers(settings)
-    checkpoint = open_checkpoint(settings.model)
-    require_whole(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.path)
-    records, held_out = _read_both(tokenizer, settings)
-    for part in filter(None, (records, held_out)):
-        _require_known_tokens(part, checkpoint)
-    inputs = describe_inputs(checkpoint, settings)
-    if resume:
-        require_same_inputs(output, inputs)
+    checked = _check(settings, output, resume, overwrite)
     set_seed(settings.seed)
-    model = trainable_model(checkpoint, settings, placement)
-    plans = _route(model, settings, placement, records)
+    model = trainable_model(checked.checkpoint, settings, checked.placement)
+    plans = _route(model, settings, checked.placement, checked.records)
     kind = SftTask if settings.task == "sft" else DpoTask
-    task: Task = kind(settings, model, placement, records, held_out, graphs=plans.graphs)
+    task: Task = kind(settings, model, checked.placement, checked.records, checked.held_out, graphs=plans.graphs)
     before = task.score()
-    _prepare_output(output, settings, inputs, checkpoint_folder)
+    _prepare_output(output, settings, checked.inputs, checked.resume_from)
     clock = StepClock()
-    trainer = _make_trainer(task, settings, placement, output, clock)
-    _run(trainer, checkpoint_folder)
+    trainer = _make_trainer(task, settings, checked.placement, output, clock)
+    _run(trainer, checked.resume_from)
     after = task.score()
-    save_adapter(model, settings.model, inputs["base_fingerprint"], output / "adapter")
+    save_adapter(model, settings.model, checked.inputs["base_fingerprint"], output / "adapter")
     _remove_if_empty(output / "checkpoints")
     first, last = ends(list(trainer.step_losses.values()))
     memory, memory_of = peak_memory()
@@ -91,9 +76,9 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         task=settings.task,
         output=str(output),
         steps=trainer.state.global_step,
-        records=len(records.items),
-        skipped=records.skipped,
-        cut=records.cut,
+        records=len(checked.records.items),
+        skipped=checked.records.skipped,
+        cut=checked.records.cut,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         first_loss=first,
         last_loss=last,
@@ -108,6 +93,38 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     )
     write_json(output / "report.json", report.to_json())
     return report
+
+
+class _Checked(NamedTuple):
+    """All that a run reads, found sound; `resume_from` is the checkpoint it goes on from."""
+
+    placement: Placement
+    checkpoint: Checkpoint
+    records: Records
+    held_out: Records | None
+    inputs: dict[str, Any]
+    resume_from: Path | None
+
+
+def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool) -> _Checked:
+    """Everything that can be wrong before a model is loaded and anything is written."""
+    _require_one_process()
+    resume_from = resume_point(output, settings) if resume else None
+    if not resume:
+        require_free(output, overwrite)
+        require_apart(output, *_inputs(settings))
+    placement = place(settings)
+    _require_trackers(settings)
+    checkpoint = open_checkpoint(settings.model)
+    require_whole(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    records, held_out = _read_both(tokenizer, settings)
+    for part in filter(None, (records, held_out)):
+        _require_known_tokens(part, checkpoint)
+    inputs = describe_inputs(checkpoint, settings)
+    if resume:
+        require_same_inputs(output, inputs)
+    return _Checked(placement, checkpoint, records, held_out, inputs, resume_from)
 
 
 def _route(model: Any, settings: TrainSettings, placement: Placement, records: Records) -> Plans:

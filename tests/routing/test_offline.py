@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import load_model, quiet_transformers
 from qwen2tool.errors import UserError
-from qwen2tool.routing.offline import meta_model, plan_checkpoint
+from qwen2tool.routing.offline import _training_model, meta_model, plan_checkpoint, plan_checkpoint_memory
 from qwen2tool.routing.plan import plan_routes
+from qwen2tool.routing.sizes import measure
 from tests.checkpoint.edits import drop, edit_config
 from tests.checkpoint.files import edit_json
 from tests.tiny import write_adapter, write_tiny
@@ -183,3 +185,25 @@ def test_embeddings_saved_beside_an_adapter_fit(base_folder, tmp_path):
     assert any("embed_tokens" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
     assert plan_checkpoint(open_checkpoint(base_folder), tmp_path / "adapter").counts == {"fused layer": 3}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["inference_mode"]
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["16bit", "nf4"])
+def test_memory_is_measured_as_on_the_loaded_model(nf4, base_folder, adapter_folder):
+    """Static bytes but for the scales of partial blocks: tiny linears are no multiple of 64 x 256 weights."""
+    checkpoint = open_checkpoint(base_folder)
+    found = measure(_training_model(checkpoint, adapter_folder, nf4), 64, 16, torch.bfloat16)
+    truth = measure(loaded(base_folder, adapter_folder, nf4=nf4), 64, 16, torch.bfloat16)
+    assert found.static == pytest.approx(truth.static, rel=0.01 if nf4 else 0)
+    assert replace(found, static=0, embedding=0) == replace(truth, static=0, embedding=0)
+    assert found.embedding == 384 * 64 * 2, "as if on a GPU: the table could wait on the host"
+    base = measure(_training_model(checkpoint, None, nf4), 64, 16, torch.bfloat16)
+    assert base.static < found.static and base.rank_columns == 0
+
+
+def test_a_memory_plan_without_an_adapter_takes_the_default_one(base_folder, tmp_path):
+    checkpoint = open_checkpoint(base_folder)
+    adapter = write_adapter(tmp_path / "r64", base_folder, rank=64)
+    sizes = {"tokens": 512, "length": 128, "budget": 10**9}
+    assert plan_checkpoint_memory(checkpoint, **sizes) == plan_checkpoint_memory(checkpoint, adapter, **sizes)
+    small = write_adapter(tmp_path / "r2", base_folder, rank=2)
+    assert plan_checkpoint_memory(checkpoint, small, **sizes) != plan_checkpoint_memory(checkpoint, adapter, **sizes)

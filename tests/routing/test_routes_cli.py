@@ -124,3 +124,12 @@ def test_a_72b_takes_a_gigabyte_at_most(hollow_72b, adapter_folder, tmp_path):
 
 def test_the_bundled_model():
     assert "5 of 5 layers fused" in run("routes", TINY_QWEN2).out
+
+
+def test_the_memory_plan(tmp_path, base_folder):
+    seen = run("routes", base_folder, "--memory-budget", "1", "--tokens", "256")
+    last = seen.out.splitlines()[-1]
+    assert last.startswith("memory: kept 3 x all; about ") and last.endswith("LoRA of rank 64 on all seven linears")
+    found = json.loads(run("routes", base_folder, "--memory-budget", "0.000001", "--json").out)["memory"]
+    assert found["keep"]["input"] == 3 and found["embedding_on_host"] and found["estimated_bytes"] > 1000
+    assert "memory" not in json.loads(run("routes", base_folder, "--json").out)
