@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """What QWEN2TOOL_COMMIT says (a copy of the files may lie in an older checkout), else the commit of this checkout."""
+    """What QWEN2TOOL_COMMIT says (copied files may lie in an older checkout), else the commit of this checkout."""
     line = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     named = os.environ.get("QWEN2TOOL_COMMIT", "")[:12]
     return named or subprocess.run(line, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -1,1 +1,1 @@
-"""Which implementation runs where. Today: which attention backends the reference path may use."""
+"""What runs for each module of a model, and why; the fused layer, the memory plan, and how they come on a model."""

@@ -238,7 +238,6 @@ class _FusedLayer(torch.autograd.Function):
         place: Place | None,
         *parameters: torch.Tensor,
     ) -> Any:
-        del parameters  # the spec's own; autograd sees them through the argument list
         qkv, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
         attention = _attention(qkv, spec, call, centre)
         tails = [qkv.rows.tail.clone()]  # behind x in one buffer, which would live on with it
@@ -257,7 +256,7 @@ class _FusedLayer(torch.autograd.Function):
         ctx.kept = _Kept()
         if any(ctx.needs_input_grad):
             ctx.kept = _keep(spec, keep, place, x, _Tails(*tails), attention, h, gate_up)
-        ctx.save_for_backward(x if ctx.kept.x is None else None)
+        ctx.save_for_backward(x if ctx.kept.x is None else None, *parameters)  # an in-place change is then refused
         return y
 
     @staticmethod
@@ -267,7 +266,8 @@ class _FusedLayer(torch.autograd.Function):
         tails = kept.tails or _Tails()
         if kept.host is not None:
             kept.host.fetch_below(spec.index)
-        x = ctx.saved_tensors[0] if kept.x is None else kept.host.take(kept.x)
+        saved = ctx.saved_tensors[0]
+        x = saved if kept.x is None else kept.host.take(kept.x)
         dy = dy.contiguous()
         ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
         need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]

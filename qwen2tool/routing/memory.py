@@ -35,6 +35,7 @@ class Sizes:
         embedding: the embedding table where it could wait on the host (untied, frozen), else 0.
         bus: bytes a second from device to host; PCIe 5 reaches 47e9.
         embedding_on_host: the table is there already (and not in `static`).
+        stream_itemsize: bytes of a number between layers, 0: `itemsize`.
     """
 
     tokens: int
@@ -51,11 +52,12 @@ class Sizes:
     embedding: int
     bus: float = 40e9
     embedding_on_host: bool = False
+    stream_itemsize: int = 0
 
     @property
     def input(self) -> int:
         """Bytes of one layer's input."""
-        return self.tokens * self.hidden * self.itemsize
+        return self.tokens * self.hidden * (self.stream_itemsize or self.itemsize)
 
     @property
     def tails(self) -> int:
@@ -65,8 +67,8 @@ class Sizes:
     @property
     def attention(self) -> int:
         """Bytes that the level "attention" adds to one layer."""
-        columns = 2 * self.query_columns + 2 * self.kv_columns + self.hidden
-        return self.tokens * (columns * self.itemsize + 4)
+        columns = 2 * self.query_columns + 2 * self.kv_columns
+        return self.tokens * (columns * self.itemsize + 4) + self.input
 
     @property
     def mlp(self) -> int:
@@ -97,8 +99,8 @@ class Sizes:
         down = (h + self.rank_columns) * (i + self.rank_columns)
         qkv = (self.query_columns + 2 * self.kv_columns) * h
         weights = max(gate_up, qkv) if frugal else gate_up + down + qkv
-        activations = n * (2 * i + 2 * i + 4 * h)  # gate and up, silu(gate) up and its gradient, four rows of H
-        return (weights + activations) * self.itemsize + self.attention
+        activations = n * (2 * i + 2 * i + 2 * h)  # gate and up, silu(gate) up and its gradient, two rows of H
+        return (weights + activations) * self.itemsize + 2 * self.input + self.attention
 
     @property
     def unpacking(self) -> float:

@@ -35,11 +35,17 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         vocabulary=config.vocab_size,
         rank_columns=max((p.shape[0] for name, p in named if ".lora_A." in name), default=0),
         itemsize=dtype.itemsize,
+        stream_itemsize=(stream_dtype(dtype) or dtype).itemsize,
         static=sum(_bytes(p) for _, p in named if p.device == head.device) + trainable * OPTIMIZER_BYTES,
         embedding=table.numel() * table.element_size() if movable else 0,
         embedding_on_host=on_device and table.device != head.device,
         bus=_bus_rate(head.device) if head.is_cuda else Sizes.bus,
     )
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype between layers where it is not that of products: fp32 for float16, past whose range Qwen2's goes."""
+    return torch.float32 if dtype == torch.float16 else None
 
 
 def may_wait_on_host(model: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qwen2tool.errors import UserError
 from qwen2tool.kernels.embed import gather_rows
@@ -86,15 +87,16 @@ class RoutedStack(nn.Module):
             if input_ids is not None and self._waits_on_host(input_ids):
                 inputs_embeds = self.embed(input_ids)
                 input_ids = None
-            return self.original(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            with safe_attention():
+                return self.original(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    inputs_embeds=inputs_embeds,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         if (input_ids is None) == (inputs_embeds is None):
@@ -183,7 +185,7 @@ class RoutedStack(nn.Module):
             return y
 
     def _draws_masks(self) -> bool:
-        return self.training and any(
+        return any(
             isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in self.layers.modules()
         )
 
@@ -221,10 +223,21 @@ class RoutedStack(nn.Module):
         rows = x.to(dtype)[None]
         angles = self.rotary_emb(rows, flat.positions[None])
         mask = block_mask(flat, self._window(index))
-        with safe_attention():
-            y: torch.Tensor = layer(
-                rows, attention_mask=mask, position_embeddings=angles, position_ids=flat.positions[None]
-            )
+        options = {"attention_mask": mask, "position_embeddings": angles, "position_ids": flat.positions[None]}
+
+        def recomputable(rows: torch.Tensor) -> Any:
+            layer.gradient_checkpointing = False  # the layer's own recomputation would run outside of this context
+            try:
+                with safe_attention():
+                    return layer(rows, **options)
+            finally:
+                layer.gradient_checkpointing = True
+
+        if layer.gradient_checkpointing and layer.training:
+            y: torch.Tensor = checkpoint(recomputable, rows, use_reentrant=False)
+        else:
+            with safe_attention():
+                y = layer(rows, **options)
         return y[0].to(x.dtype)
 
     def _window(self, index: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ SHOWN = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log of the Trainer to a JSONL file: step, epoch, loss, grad_norm, learning_rate, rewards."""
+    """Appends every log of the Trainer to a JSONL file: step, epoch, loss, grad_norm, learning_rate, rewards.
+
+    The grad_norm of a step that float16's loss scaler skipped is infinite, which JSON has no word for: null.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -26,7 +30,8 @@ class MetricsFile(TrainerCallback):
         """One line a log; flushed, so that a killed run has told what it saw."""
         if logs and state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                values = {k: v if not isinstance(v, float) or isfinite(v) else None for k, v in logs.items()}
+                handle.write(json.dumps({"step": state.global_step, **values}, allow_nan=False) + "\n")
 
 
 class StepClock(TrainerCallback):

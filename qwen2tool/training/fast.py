@@ -8,7 +8,7 @@ import torch
 
 from qwen2tool.routing.memory import MemoryPlan, Recompute, plan_memory
 from qwen2tool.routing.plan import RoutePlan
-from qwen2tool.routing.sizes import may_wait_on_host, measure
+from qwen2tool.routing.sizes import may_wait_on_host, measure, stream_dtype
 from qwen2tool.routing.swap import route
 
 ROOM = 0.92
@@ -26,6 +26,14 @@ def embedding_to_host(model: Any) -> None:
         torch.cuda.empty_cache()
 
 
+def settle(model: Any) -> None:
+    """Puts the embedding of a routed model back on the host where the plan has it: trainers move whole models."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    memory = base.model.memory
+    if memory is not None and memory.host_embedding:
+        embedding_to_host(model)
+
+
 class Plans(NamedTuple):
     """What runs, what is kept, and whether passes are replayed from CUDA graphs."""
 
@@ -35,7 +43,8 @@ class Plans(NamedTuple):
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count} x {what}" for what, count in self.routes.counts.items())
-        return "; ".join(filter(None, [f"layers {layers}", str(self.memory), "CUDA graphs" if self.graphs else ""]))
+        kept = str(self.memory) if "fused layer" in self.routes.counts else ""
+        return "; ".join(filter(None, [f"layers {layers}", kept, "CUDA graphs" if self.graphs else ""]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; modules by name."""
@@ -56,7 +65,7 @@ def put_on_fast_path(
     """Routes `model` in place for passes of at most `tokens` tokens, in sequences of at most `length`.
 
     Args:
-        dtype: of products. float16 holds the stream between layers in fp32: Qwen2's reaches past fp16's range.
+        dtype: of products.
         budget: bytes of GPU memory for everything, None: what is free now.
         recompute: see `plan_memory`.
         reference: run transformers' own layers, for comparison.
@@ -68,13 +77,14 @@ def put_on_fast_path(
     memory = plan_memory(sizes, budget, recompute, host=model.get_output_embeddings().weight.is_cuda and not reference)
     if memory.host_embedding:
         embedding_to_host(model)
-    residual = torch.float32 if dtype == torch.float16 else None
-    plan = route(model, memory=memory, residual_dtype=residual, reference=reference)
+    plan = route(model, memory=memory, residual_dtype=stream_dtype(dtype), reference=reference)
     fused = plan.counts.get("fused layer", 0) == sizes.layers
     if not fused and recompute != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     on_gpu = model.get_output_embeddings().weight.is_cuda
-    return Plans(plan, memory, graphs and fused and on_gpu)
+    # These read the longest position on the host in every pass, which a capture cannot.
+    fixed_rope = (model.config.rope_parameters or {}).get("rope_type", "default") not in ("dynamic", "longrope")
+    return Plans(plan, memory, graphs and fused and on_gpu and fixed_rope)
 
 
 def _all_there_is(model: Any) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from qwen2tool.kernels.attention import Sequences
 from qwen2tool.kernels.head import token_log_probs
+from qwen2tool.routing.examine import NotFused, examine_head
 from qwen2tool.routing.sequences import Flat
 from qwen2tool.routing.stack import RoutedStack
 from qwen2tool.training.batches import IGNORED
@@ -35,11 +36,13 @@ def log_probs(model: Any, batch: Any, labels: torch.Tensor) -> torch.Tensor:
     flat = Flat(None, batch["positions"], Sequences(lengths, longest, uniform))
     hidden = stack.run(stack.embed(batch["input_ids"]), flat)[batch["rows"]]
     head: Any = base.lm_head
-    if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and not head.weight.requires_grad:
-        rows = stack.memory.head_rows if stack.memory else None
-        return token_log_probs(hidden.to(head.weight.dtype), head.weight, labels, chunk_rows=rows)
-    scored = log_probs_of_logits(head(hidden), labels.clamp(min=0))
-    return torch.where(labels == IGNORED, 0.0, scored)
+    try:
+        weight = examine_head(head)
+    except NotFused:
+        scored = log_probs_of_logits(head(hidden), labels.clamp(min=0))
+        return torch.where(labels == IGNORED, 0.0, scored)
+    rows = stack.memory.head_rows if stack.memory else None
+    return token_log_probs(hidden.to(weight.dtype), weight, labels, chunk_rows=rows)
 
 
 def sum_by_owner(values: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:

@@ -54,6 +54,7 @@ class Passes:
         self._seen: set[tuple[Any, ...]] = set()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._gradients: list[torch.Tensor] = []
 
     @property
@@ -68,8 +69,9 @@ class Passes:
         self._fix_gradients()
         shape = tuple((n, v.shape, v.dtype) if torch.is_tensor(v) else (n, v) for n, v in sorted(batch.items()))
         if shape not in self._seen:
+            outcome = self._warm_up(batch)
             self._seen.add(shape)
-            return self._warm_up(batch)
+            return outcome
         captured = self._captured.get(shape) or self._capture(shape, batch)
         for name, tensor in captured.inputs.items():
             tensor.copy_(batch[name], non_blocking=True)
@@ -94,12 +96,18 @@ class Passes:
 
     def _warm_up(self, batch: Batch) -> Outcome:
         """On a side stream, as capture wants it: libraries set up their workspaces here."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._side_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outcome = self._run(batch)
         torch.cuda.current_stream().wait_stream(stream)
         return outcome
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        """One for all: what the allocator holds for a stream serves no other."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        return self._stream
 
     def _capture(self, shape: tuple[Any, ...], batch: Batch) -> _Captured:
         """Records a pass without running it; all graphs share one pool of memory, since they never run at once."""
@@ -107,7 +115,7 @@ class Passes:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream()):
             outcome = self._run({**batch, **inputs})
         self._pool = self._pool or graph.pool()
         self._captured[shape] = _Captured(graph, inputs, outcome)

@@ -67,8 +67,9 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     clock = StepClock()
     trainer = _make_trainer(task, settings, checked.placement, output, clock)
     _run(trainer, checked.resume_from)
-    after = task.score()
+    trainer.release()
     save_adapter(model, settings.model, checked.inputs["base_fingerprint"], output / "adapter")
+    after = task.score()
     _remove_if_empty(output / "checkpoints")
     first, last = ends(list(trainer.step_losses.values()))
     memory, memory_of = peak_memory()
@@ -118,7 +119,7 @@ def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool)
     checkpoint = open_checkpoint(settings.model)
     require_whole(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
-    records, held_out = _read_both(tokenizer, settings)
+    records, held_out = _read_both(tokenizer, checkpoint, settings)
     for part in filter(None, (records, held_out)):
         _require_known_tokens(part, checkpoint)
     inputs = describe_inputs(checkpoint, settings)
@@ -140,6 +141,12 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
         reference=settings.routes == "reference",
         graphs=settings.graphs == "auto",
     )
+    needed = plans.memory.estimate
+    if settings.memory_budget and placement.device == "cuda" and needed > settings.memory_budget * 1e9:
+        raise UserError(
+            f"--memory-budget is {settings.memory_budget:g} GB, the smallest plan needs about {needed / 1e9:.1f}",
+            "Raise it, lower --batch-size or --max-length, or pass --quantize nf4",
+        )
     remark(f"routes: {plans}")
     return plans
 
@@ -188,11 +195,16 @@ def _require_known_tokens(records: Records, checkpoint: Checkpoint) -> None:
                 )
 
 
-def _read_both(tokenizer: PreTrainedTokenizerBase, settings: TrainSettings) -> tuple[Records, Records | None]:
+def _read_both(
+    tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, settings: TrainSettings
+) -> tuple[Records, Records | None]:
     records = read_records(tokenizer, Path(settings.data), settings)
     held_out = read_records(tokenizer, Path(settings.eval_data), settings) if settings.eval_data else None
     if records.cut:
         remark(f"note: {records.cut} of {len(records.items)} records are cut at {settings.max_length} tokens")
+    trained = checkpoint.geometry.max_position_embeddings
+    if settings.max_length > trained:
+        remark(f"note: --max-length is {settings.max_length}, the model was made for {trained} positions")
     if records.skipped:
         remark(f"note: {records.skipped} records are left out: nothing of their answer fits")
     return records, held_out

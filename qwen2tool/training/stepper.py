@@ -18,6 +18,7 @@ import torch
 
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import Dtype, load_model
+from qwen2tool.errors import UserError
 from qwen2tool.routing.memory import Recompute
 from qwen2tool.training.fast import embedding_to_host, put_on_fast_path
 from qwen2tool.training.forward import log_probs
@@ -50,6 +51,10 @@ class StepOptions:
     seed: int = 0
     device: str = "cuda"
     dtype: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise UserError("a Stepper scales no loss, which float16 needs", "Use bfloat16, or `train`")
 
 
 class Stepper:

@@ -58,6 +58,7 @@ class SftTask(_Common):
         return SftTrainer(
             places=self._train.places,
             graphs=self._graphs,
+            autocast=lambda: self._placement.autocast,
             model=self._model,
             train_dataset=SampleDataset(self._train.items),
             data_collator=SftCollator(self._fill(1)),
@@ -89,6 +90,7 @@ class DpoTask(_Common):
             beta=self._settings.beta,
             places=self._train.places,
             graphs=self._graphs,
+            autocast=lambda: self._placement.autocast,
             model=self._model,
             train_dataset=SampleDataset(pairs),
             data_collator=DpoCollator(self._fill(2)),

@@ -6,13 +6,17 @@ Everything else (accumulation, clipping, AdamW, schedule, distribution, resuming
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import Trainer
 
+from qwen2tool.errors import EXIT_FINDING, UserError
 from qwen2tool.training.batches import IGNORED
+from qwen2tool.training.fast import settle
 from qwen2tool.training.forward import log_probs, sum_by_owner
 from qwen2tool.training.guard import (
     Whereabouts,
@@ -24,6 +28,8 @@ from qwen2tool.training.losses import dpo_sigmoid, reward_accuracy
 from qwen2tool.training.passes import Outcome, Passes
 
 Batch = dict[str, Any]
+MOST_OVERFLOWS = 20
+"""Skipped steps on end in float16; a scale of 65,536 is down to 1 after 16."""
 
 
 class GuardedTrainer(Trainer):
@@ -32,16 +38,26 @@ class GuardedTrainer(Trainer):
     Args:
         places: sentence for each record of the data file, for errors that name a batch.
         graphs: capture passes (`passes.Passes`).
+        autocast: makes the context of the forward.
         options: what transformers.Trainer takes.
     """
 
-    def __init__(self, *, places: list[str], graphs: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        places: list[str],
+        graphs: bool = False,
+        autocast: Callable[[], Any] = nullcontext,
+        **options: Any,
+    ) -> None:
+        # Trainer would spread one process over all visible GPUs (DataParallel), which NF4 layers are not made for, and
+        # multiply the batch by their number; it reads this when it is made.
+        options["args"]._n_gpu = min(options["args"].n_gpu, 1)
         super().__init__(**options)
         self.where = Whereabouts(places)
-        self._graphs = graphs
+        self._graphs, self._autocast = graphs, autocast
         self._passes: Passes | None = None
-        # Trainer would spread one process over all visible GPUs (DataParallel), which NF4 layers are not made for.
-        self.args._n_gpu = min(self.args.n_gpu, 1)
+        self._scale, self._overflows, self._watched_step = 0.0, 0, -1
         self.step_losses: dict[int, float] = defaultdict(float)
         self._sums: dict[str, list[float]] = defaultdict(list)
 
@@ -59,8 +75,10 @@ class GuardedTrainer(Trainer):
         outcome = self._passes_over(model)(batch | {"divisor": self._divisor(inputs, num_items_in_batch)})
         loss = outcome.pop("loss")
         require_finite_loss(loss, self.where)
-        if self.state.global_step >= self._warming:
+        if self.accelerator.scaler is None:
             require_finite_gradients(model, self.where)
+        else:
+            self._watch_scale(self.accelerator.scaler)
         for name, values in outcome.items():
             self._sums[name] += values.tolist()
         self.step_losses[self.state.global_step] += loss.item()
@@ -69,20 +87,39 @@ class GuardedTrainer(Trainer):
     def _passes_over(self, model: torch.nn.Module) -> Passes:
         """Made at the first step, when the Trainer has placed the model and made its loss scaler."""
         if self._passes is None:
+            settle(self.accelerator.unwrap_model(model))
             scaler = self.accelerator.scaler
             self._passes = Passes(
                 partial(self.batch_loss, model),
                 [p for p in model.parameters() if p.requires_grad],
-                self.compute_loss_context_manager,
+                self._autocast,
                 graphs=self._graphs,
                 scale=scaler.scale if scaler is not None else lambda loss: loss,
             )
         return self._passes
 
-    @property
-    def _warming(self) -> int:
-        """Steps in which fp16's loss scale may still be too high; the scaler skips what is not finite."""
-        return 10 if self.accelerator.scaler is not None else 0
+    def release(self) -> None:
+        """Gives back what captured passes hold of the GPU, once training is over."""
+        self._passes = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _watch_scale(self, scaler: Any) -> None:
+        """fp16's loss scaler skips a step whose gradients overflow and halves its scale; that must come to an end.
+
+        Raises:
+            UserError: MOST_OVERFLOWS steps on end overflowed: it is not the scale.
+        """
+        if self.state.global_step == self._watched_step:
+            return
+        self._watched_step, before, self._scale = self.state.global_step, self._scale, float(scaler.get_scale())
+        self._overflows = self._overflows + 1 if self._scale < before else 0
+        if self._overflows >= MOST_OVERFLOWS:
+            raise UserError(
+                f"{self.where}: the last {MOST_OVERFLOWS} steps overflowed in float16 and were skipped",
+                "Lower --learning-rate, or train in bfloat16 or float32",
+                EXIT_FINDING,
+            )
 
     def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
         """What the sum over a batch is divided by, so that the batches of one step add up: (), fp32, on the device."""

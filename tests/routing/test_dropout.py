@@ -79,3 +79,19 @@ def test_no_masks_in_evaluation():
     route(routed)
     ours, theirs = (m(input_ids=batch(), use_cache=False).logits for m in (routed, model))
     assert relative_error(ours, theirs) < EXACT
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_dropout_left_on_in_an_eval_model_is_drawn(routed):
+    """As for estimates of uncertainty: the dropouts' own switch counts, not the model's."""
+    model = lora_model(dropout=P)
+    if routed:
+        route(model)
+    model.eval()
+    plain = model(input_ids=batch(), use_cache=False).logits
+    assert torch.equal(model(input_ids=batch(), use_cache=False).logits, plain)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    dropped = model(input_ids=batch(), use_cache=False).logits
+    assert relative_error(dropped, plain) > 0.01

@@ -210,3 +210,20 @@ def test_sixteen_bit_error_is_no_larger_than_the_reference_s(dtype):
         ratios = [relative_error(found[n], truth[n]) / relative_error(plain[n], truth[n]) for n in truth]
         logs.append(sum(math.log(ratio) for ratio in ratios) / len(ratios))
     assert max(logs) < math.log(FACTOR) and sum(logs) < 0, [math.exp(x) for x in logs]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_that_changed_before_the_backward_is_refused(part, fused):
+    """As torch does: the gradient would be that of neither the old weights nor the new ones."""
+    model = lora_model()
+    if fused:
+        assert route(model).counts == {"fused layer": 3}
+    model(input_ids=batch(), use_cache=False).logits.sum().backward()  # untouched, it runs
+    loss = model(input_ids=batch(), use_cache=False).logits.sum()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -153,3 +153,16 @@ def test_sums_are_those_of_index_add():
     truth = torch.zeros(7, dtype=torch.float64).index_add(0, owners, values)
     assert relative_error(sum_by_owner(values, owners, 7), truth) < 1e-14
     assert relative_error(sum_by_owner(values, owners.roll(1), 7), truth) > 1e-2
+
+
+def test_a_hook_on_the_head_runs_here_too():
+    """The plan says that such a head is transformers' own; then it is."""
+    model = lora_model().double()
+    route(model)
+    parts = samples(*LENGTHS)
+    packed = pack(parts)
+    plain = log_probs(model, packed, packed["labels"])
+    model.get_base_model().lm_head.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    hooked = log_probs(model, packed, packed["labels"])
+    assert relative_error(hooked, scored_log_probs(model, parts)) < 1e-6
+    assert relative_error(plain, hooked) > 0.01

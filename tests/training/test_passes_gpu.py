@@ -18,7 +18,7 @@ from tests.training.test_batches import samples
 
 pytestmark = pytest.mark.gpu
 LARGER = {"hidden_size": 512, "intermediate_size": 1000, "num_attention_heads": 8, "num_key_value_heads": 2}
-SHORT, MIDDLE, LONG = (40, 9, 60), (150, 30), (200, 100, 31)  # buckets of 128, 192 and 384
+SHORT, MIDDLE, LONG = (40, 9, 60), (150, 30), (200, 100, 31)  # buckets of 128, 256 and 512
 KEEPS = [("input",) * 3, ("input", "attention", "all")]
 
 

@@ -16,6 +16,7 @@ from qwen2tool.data.encode import encode_conversation, encode_preference
 from qwen2tool.data.records import read_conversations, read_preferences
 from qwen2tool.errors import UserError
 from qwen2tool.training.run import train
+from qwen2tool.training.tasks import SftTask
 from tests.training.common import settings_for, write_instructions, write_preferences
 from tests.training.padded import padded_batch
 
@@ -243,3 +244,24 @@ def test_tokens_beyond_the_table_are_named(base_copy, sft):
         with pytest.raises(UserError, match=r"far.jsonl line 1: the tokenizer gives id \d+, .* has 384 rows"):
             train(settings_for(base_copy, sft, **{role: str(sft / "far.jsonl")}))
         assert not (sft / "run").exists()
+
+
+@pytest.mark.parametrize(("stop", "saved"), [(1, False), (2, True)])
+def test_what_was_trained_is_saved_before_it_is_scored(base_folder, sft, monkeypatch, stop, saved):
+    """Memory may run out in the score behind the last step, where graphs still hold theirs: hours must not go with it.
+
+    The first score, before anything was trained, may stop the run without a trace.
+    """
+    write_instructions(sft / "held.jsonl", 4)
+    honest, calls = SftTask.score, []
+
+    def runs_out(self):
+        calls.append(len(calls))
+        if len(calls) == stop:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self)
+
+    monkeypatch.setattr(SftTask, "score", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(settings_for(base_folder, sft, eval_data=str(sft / "held.jsonl")))
+    assert (sft / "run" / "adapter").exists() == saved
