@@ -106,20 +106,21 @@ def hollow_72b(tmp_path):
     return folder
 
 
-def test_a_72b_takes_a_gigabyte_at_most(hollow_72b, adapter_folder, tmp_path):
+def test_a_72b_takes_little_more_than_the_imports(hollow_72b, adapter_folder, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     shutil.copy(adapter_folder / "adapter_config.json", adapter)
     script = (
         "from qwen2tool.checkpoint.folder import open_checkpoint; from pathlib import Path; "
         "from qwen2tool.routing.offline import plan_checkpoint; from qwen2tool.console import resident_peak; "
+        "import bitsandbytes, peft, torch, transformers.models.qwen2.modeling_qwen2; before = resident_peak(); "
         f"plan = plan_checkpoint(open_checkpoint({str(hollow_72b)!r}), Path({str(adapter)!r}), nf4=True); "
-        "print(plan.counts['fused layer'], len(plan.routes), resident_peak())"
+        "print(plan.counts['fused layer'], len(plan.routes), resident_peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     layers, routes, peak = map(int, done.stdout.split())
     assert (layers, routes) == (80, 3 + 80 * 8)
-    assert peak < 1e9 and open_checkpoint(hollow_72b).nbytes > 140e9
+    assert peak < 0.6e9 and open_checkpoint(hollow_72b).nbytes > 140e9
 
 
 def test_the_bundled_model():
