@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from qwen2tool.routing.memory import MemoryPlan, Recompute, plan_memory
-from qwen2tool.routing.plan import RoutePlan
+from qwen2tool.routing.memory import MemoryPlan, Recompute, Sizes, plan_memory
+from qwen2tool.routing.plan import RoutePlan, plan_routes
 from qwen2tool.routing.sizes import may_wait_on_host, measure, stream_dtype
 from qwen2tool.routing.swap import route
 
@@ -61,6 +61,7 @@ def put_on_fast_path(
     recompute: Recompute = "auto",
     reference: bool = False,
     graphs: bool = True,
+    shapes: Literal["one", "many"] = "one",
 ) -> Plans:
     """Routes `model` in place for passes of at most `tokens` tokens, in sequences of at most `length`.
 
@@ -70,21 +71,42 @@ def put_on_fast_path(
         recompute: see `plan_memory`.
         reference: run transformers' own layers, for comparison.
         graphs: capture passes where that is possible: on CUDA, with every layer fused.
+        shapes: "many" if passes come in several shapes, each of which is captured.
     """
     sizes = measure(model, tokens, length, dtype)
     if budget is None:
         budget = _all_there_is(model)
-    memory = plan_memory(sizes, budget, recompute, host=model.get_output_embeddings().weight.is_cuda and not reference)
+    on_gpu = model.get_output_embeddings().weight.is_cuda
+    # Two rope types read the longest position on the host in every pass, which a capture cannot.
+    fixed_rope = (model.config.rope_parameters or {}).get("rope_type", "default") not in ("dynamic", "longrope")
+    all_fused = plan_routes(model, reference=reference).counts.get("fused layer", 0) == sizes.layers
+    graphs = graphs and on_gpu and fixed_rope and all_fused
+    memory, graphs = share_memory(
+        sizes, budget, recompute, host=on_gpu and not reference, graphs=graphs, many_shapes=shapes == "many"
+    )
     if memory.host_embedding:
         embedding_to_host(model)
     plan = route(model, memory=memory, residual_dtype=stream_dtype(dtype), reference=reference)
-    fused = plan.counts.get("fused layer", 0) == sizes.layers
-    if not fused and recompute != "none":
+    if not all_fused and recompute != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    on_gpu = model.get_output_embeddings().weight.is_cuda
-    # These read the longest position on the host in every pass, which a capture cannot.
-    fixed_rope = (model.config.rope_parameters or {}).get("rope_type", "default") not in ("dynamic", "longrope")
-    return Plans(plan, memory, graphs and fused and on_gpu and fixed_rope)
+    return Plans(plan, memory, graphs)
+
+
+def share_memory(
+    sizes: Sizes, budget: int, recompute: Recompute, *, host: bool, graphs: bool, many_shapes: bool
+) -> tuple[MemoryPlan, bool]:
+    """(the plan, whether graphs have a place in it).
+
+    A captured pass keeps its memory. The next shape runs once on its own before it is captured, so with many shapes the
+    budget above what always stays has to hold two passes; where it does not, passes run eagerly and have it all.
+    """
+    if graphs and many_shapes:
+        half = sizes.static + (budget - sizes.static) // 2
+        plan = plan_memory(sizes, half, recompute, host=host)
+        if plan.estimate <= half:
+            return plan, True
+        graphs = False
+    return plan_memory(sizes, budget, recompute, host=host), graphs
 
 
 def _all_there_is(model: Any) -> int:

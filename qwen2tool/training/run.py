@@ -140,6 +140,7 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
         recompute=settings.recompute,
         reference=settings.routes == "reference",
         graphs=settings.graphs == "auto",
+        shapes="many",
     )
     needed = plans.memory.estimate
     if settings.memory_budget and placement.device == "cuda" and needed > settings.memory_budget * 1e9:
