@@ -79,6 +79,17 @@ def format_number(value: float) -> str:
     return f"{value:.2e}"
 
 
+def format_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
+    """Ascending numbers in short: [0, 1, 2, 5] as 0-2, 5."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return separator.join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
 def format_bytes(count: float) -> str:
     """Decimal units, as disks and the Hub count: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):

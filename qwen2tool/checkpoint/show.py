@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint.inventory import QKV
-from qwen2tool.console import format_bytes, format_number, print_table, say
+from qwen2tool.console import format_bytes, format_number, format_ranges, print_table, say
 
 if TYPE_CHECKING:
     from qwen2tool.checkpoint.report import Report
@@ -70,18 +70,9 @@ def _sliding(sliding: Sections, layers: int) -> str:
     count = len(sliding["layers"])
     if not count:
         return "no layer slides"
-    return f"{count} of {layers} layers slide over {sliding['sliding_window']} tokens: {_spans(sliding['layers'])}"
-
-
-def _spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][-1] == number - 1:
-            spans[-1][-1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return (
+        f"{count} of {layers} layers slide over {sliding['sliding_window']} tokens: {format_ranges(sliding['layers'])}"
+    )
 
 
 def _head(head: Sections) -> str:
@@ -119,7 +110,7 @@ def _state_rows(layers: dict[str, dict[str, str]]) -> Iterator[tuple[str, ...]]:
     for layer, states in layers.items():
         groups.setdefault(tuple(states.get(p, "missing") for p in QKV), []).append(int(layer))
     for states_of, members in sorted(groups.items(), key=lambda group: group[1]):
-        yield _spans(members), *states_of
+        yield format_ranges(members), *states_of
 
 
 def _print_values(values: Sections) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 
-from qwen2tool.console import format_bytes, print_table, say
+from qwen2tool.console import format_bytes, format_ranges, print_table, say
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import Route, RoutePlan
 
@@ -54,7 +54,7 @@ def fold(plan: RoutePlan) -> list[Route]:
     groups: dict[tuple[Route, ...], list[int]] = {}
     for index, members in layers.items():
         groups.setdefault(tuple(members), []).append(index)
-    folded = [row for members, indices in groups.items() for row in _layer_rows(members, spans(indices))]
+    folded = [row for members, indices in groups.items() for row in _layer_rows(members, format_ranges(indices, ","))]
     others = [route for route in routes if not LAYER.fullmatch(route.module)]
     return [others[0], *folded, *others[1:]]
 
@@ -72,14 +72,3 @@ def _layer_rows(members: tuple[Route, ...], layers: str) -> Iterator[Route]:
 
 def _room(route: Route) -> str:
     return route.module.rpartition(".")[0]
-
-
-def spans(numbers: list[int]) -> str:
-    """Ascending numbers in short: [0, 1, 2, 5] as 0-2,5."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and found[-1][1] == number - 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qwen2tool.console import PIPED_WIDTH
+from qwen2tool.console import PIPED_WIDTH, format_ranges
 from qwen2tool.routing.plan import Route, RoutePlan, plan_routes
-from qwen2tool.routing.show import fold, print_plan, spans, summary
+from qwen2tool.routing.show import fold, print_plan, summary
 from tests.routing.models import lora_model
 from tests.tiny import tiny_model
 
@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
     [([0], "0"), ([0, 1, 2], "0-2"), ([0, 1, 2, 5], "0-2,5"), ([1, 3, 5, 6], "1,3,5-6"), (list(range(80)), "0-79")],
 )
 def test_spans(numbers, text):
-    assert spans(numbers) == text
+    assert format_ranges(numbers, ",") == text
 
 
 def test_a_plan_whose_layers_are_alike_is_eight_rows():
