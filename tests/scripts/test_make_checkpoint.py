@@ -161,7 +161,8 @@ maker.BLOCK = int(sys.argv[3])
 slot = maker.Slot(name="model.embed_tokens.weight", dtype="BF16", shape=(151936, 512))
 config = maker.published_config("qwen1.5-0.5b")
 peak = lambda: resident_peak() / 1e6
-list(maker.numbers(maker.Slot(name="x.bias", dtype="BF16", shape=(1000,)), config, maker.Draw()))
+# Enough numbers for torch to go parallel: what it loads for that, more in a CUDA build, is not the drawing's memory.
+list(maker.numbers(maker.Slot(name="x.bias", dtype="BF16", shape=(100_000,)), config, maker.Draw()))
 before = peak()
 for block in maker.numbers(slot, config, maker.Draw()):
     pass
@@ -176,7 +177,7 @@ def test_memory_stays_at_one_block():
         line = [sys.executable, "-c", MEMORY, str(ROOT), str(ROOT / "scripts"), str(block)]
         return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
 
-    assert megabytes(maker.BLOCK // 4) < 150
+    assert megabytes(maker.BLOCK // 4) < 100
     assert megabytes(1 << 40) > 300, "negative control"
 
 
