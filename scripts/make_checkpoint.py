@@ -170,14 +170,14 @@ def numbers(slot: Slot, config: dict[str, Any], draw: Draw) -> Iterator[torch.Te
         size = min(left, BLOCK)
         noise = torch.randn(size, generator=generator, device=draw.device)
         if slot.name.endswith("norm.weight"):
-            noise = 1 + 0.2 * noise
+            noise.mul_(0.2).add_(1)
         elif slot.name.endswith(".bias"):
-            noise = noise * draw.bias_scale
+            noise.mul_(draw.bias_scale)
             if "k_proj" in slot.name:
                 large = torch.rand(size, generator=generator, device=draw.device) < 0.02
                 noise = torch.where(large, 10 * noise, noise)
         else:
-            noise = noise * matrix_std(slot, config)
+            noise.mul_(matrix_std(slot, config))
         yield noise.to(TORCH_DTYPE[slot.dtype])
         left -= size
 
