@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "routing": {"kernels", "checkpoint"},
     "convert": {"checkpoint"},
     "merge": {"checkpoint"},
-    "verify": {"checkpoint", "routing", "data"},
+    "verify": {"checkpoint", "convert", "routing", "data"},
     "training": {"routing", "kernels", "checkpoint", "data"},
     "hub": {"checkpoint"},
 }

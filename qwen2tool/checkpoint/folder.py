@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from qwen2tool.checkpoint.geometry import Config, Geometry, geometry, read_config, read_json
 from qwen2tool.checkpoint.header import TensorInfo, read_header
@@ -16,6 +17,7 @@ from qwen2tool.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+Format = Literal["safetensors", "bin", "gguf"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -29,6 +31,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     shards: tuple[Path, ...]
     leftovers: tuple[Path, ...]
+    format: Format = "safetensors"
 
     @property
     def nbytes(self) -> int:
