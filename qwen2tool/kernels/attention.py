@@ -13,7 +13,8 @@ On CUDA the work goes to PyTorch's fused kernels, whose memory grows with N and 
 Keys that share a large constant make every fused backward lose digits of dQ in 16 bit: rope.py centres them.
 
 Shapes: N tokens of all sequences, hq and hk query and kv heads, D head_dim; B sequences of T tokens where uniform.
-Dtypes: bf16, fp16, fp32 (float64: the reference). Cost of the reference, which CPUs run: B hq T^2 scores in fp32.
+Dtypes: bf16, fp16, fp32 (float64: the reference). Cost of the reference, which CPUs run: hq T^2 scores in fp32, one
+sequence at a time where they are ragged.
 Nothing here reads the device from the host, so all of it can be captured in a CUDA graph; the offsets of a captured
 call may change in place as long as no sequence grows past `max_length`.
 """
@@ -169,6 +170,16 @@ def _attend_masked(
     return out[0].transpose(0, 1)
 
 
+def _one_by_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offsets: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """`attend` on the CPU, where offsets can be read and the scores of all sequences at once be N^2 numbers."""
+    lengths = offsets.diff().tolist()
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    alone = [attention_reference(*p, Sequences(offsets, len(p[0]), (1, len(p[0]))), scale=scale) for p in parts]
+    return torch.cat(alone) if alone else torch.empty_like(q)
+
+
 def _exact_first(q: torch.Tensor, rows: int = 1) -> tuple[SDPBackend, ...]:
     """For fp32, the plain backend while its scores take less than 1 GB.
 
@@ -214,6 +225,8 @@ def attend(
         ValueError: naming the argument whose shape or dtype does not fit.
     """
     _check(q, k, v, sequences)
+    if q.device.type == "cpu" and sequences.uniform is None:
+        return _one_by_one(q, k, v, sequences.offsets, scale)
     if not (q.is_cuda and backend.runs_triton(q) and q.dtype in backend.FLOATS and q.numel()):
         return attention_reference(q, k, v, sequences, scale=scale)
     flash = _flash_takes(q)
