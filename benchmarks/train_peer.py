@@ -8,7 +8,8 @@ kernels), `unsloth`. All get the same token ids, the same A by module name with 
 fp32 without weight decay. The peers run under bf16 autocast, as in their own trainers, and without a padding mask, the
 fastest way to call them. Four batches go round. A step is timed by CUDA events, the host waiting after each; the first
 `warmup` steps (compilation, capture, autotuning) are not counted. The clock of `first_step_s`, the end of the first
-step, starts before torch and the trainer are imported and leaves out the seeding of A, which is this script's own.
+step, starts before torch and the trainer are imported and leaves out the seeding of A, which is this script's own;
+`imported_s` is when all that the peer builds on was imported, a matter of the disk more than of the peer.
 
 An exception ends up in the RESULT as `error`; the traceback is on stderr.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import statistics
@@ -99,6 +101,16 @@ class Trainer(NamedTuple):
     model: Any
     step: Callable[[list[Any]], Any]
     describe: Callable[[], dict[str, Any]]
+
+
+def import_all(job: Job) -> float:
+    """Imports what the peer builds on; the seconds since the process began."""
+    # Unsloth asks to come first, and brings the others along.
+    own = {"unsloth": ("unsloth",), "liger": ("liger_kernel.transformers",)}
+    stepper = ("qwen2tool.training.stepper",) if job.peer.startswith("ours") else ()
+    for name in (*own.get(job.peer, stepper), "torch", "bitsandbytes", "peft", "transformers.models.qwen2"):
+        importlib.import_module(name)
+    return time.perf_counter() - STARTED
 
 
 def load(job: Job) -> tuple[Trainer, float]:
@@ -252,6 +264,7 @@ def timed(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
 
 def run(job: Job) -> dict[str, Any]:
     """Loads, trains and measures; see the module docstring."""
+    imported = import_all(job)
     trainer, seeding = load(job)
     import torch
 
@@ -277,6 +290,7 @@ def run(job: Job) -> dict[str, Any]:
         **figures(times[job.warmup :], job),
         "step_ms": [round(milliseconds, 2) for milliseconds in times],
         "losses": losses,
+        "imported_s": round(imported, 1),
         "ready_s": round(ready, 1),
         "first_step_s": round(first, 1),
         "memory_gb": {name: round(count / 1e9, 3) for name, count in memory.items()},

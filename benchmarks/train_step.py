@@ -270,6 +270,7 @@ def over_rounds(runs: list[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
         "micro_batch_ms": statistics.median(run["micro_batch_ms"] for run in runs),
         "tokens_per_s": statistics.median(run["tokens_per_s"] for run in runs),
         "first_step_s": statistics.median(run["first_step_s"] for run in runs),
+        "load_to_first_step_s": statistics.median(run["first_step_s"] - run["imported_s"] for run in runs),
         "memory_gb": largest,
         "floor_fraction": floor_ms / ms,
         "losses": runs[0]["losses"],
@@ -285,7 +286,8 @@ def line(run: dict[str, Any]) -> str:
     return (
         f"{start} {run['ms']:8.1f} ms (min {run['min_ms']:.1f}), {run['tokens_per_s']:,} tokens/s, "
         f"{memory.get('peak_allocated', 0):.2f} GB allocated, {memory.get('peak_reserved', 0):.2f} reserved, "
-        f"first step after {run['first_step_s']} s, loss {run['losses'][0]} -> {run['losses'][-1]}"
+        f"first step after {run['first_step_s']} s (imports {run['imported_s']}), "
+        f"loss {run['losses'][0]} -> {run['losses'][-1]}"
     )
 
 

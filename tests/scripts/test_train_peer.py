@@ -47,6 +47,7 @@ def test_result_has_what_the_table_needs(results, job):
     linears = 2 * (64 + 64) + 2 * (64 + 32) + 2 * (64 + 100) + (100 + 64)  # q, o; k, v; gate, up; down
     assert found["trainable"] == 3 * 4 * linears
     assert {"torch", "transformers", "peft"} <= set(found["versions"])
+    assert 0 < found["imported_s"] <= found["ready_s"] <= found["first_step_s"]
 
 
 def test_ours_and_transformers_lose_alike(results, job, tmp_path):

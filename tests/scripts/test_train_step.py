@@ -29,7 +29,7 @@ def options(tmp_path):
 
 def fake_run(ms: float) -> dict:
     return {
-        "ms": ms, "min_ms": ms - 1, "micro_batch_ms": ms, "tokens_per_s": 1000, "first_step_s": 5.0,
+        "ms": ms, "min_ms": ms - 1, "micro_batch_ms": ms, "tokens_per_s": 1000, "first_step_s": 5.0, "imported_s": 2.0,
         "losses": [2.0, 1.0], "memory_gb": {"peak_allocated": ms / 100, "peak_reserved": ms / 50},
     }  # fmt: skip
 
@@ -56,6 +56,7 @@ def test_peers_take_turns_and_a_failure_is_kept_and_not_repeated(options, proces
     assert peers["unsloth"] == {"error": "ModuleNotFoundError: no unsloth"}
     assert (peers["ours"]["ms"], peers["ours"]["min_ms"], peers["ours"]["rounds"]) == (102, 99, 2)
     assert peers["ours"]["memory_gb"]["peak_allocated"] == 1.04
+    assert (peers["ours"]["first_step_s"], peers["ours"]["load_to_first_step_s"]) == (5, 3)
     assert "times_unsloth" not in peers["ours"]
 
 
