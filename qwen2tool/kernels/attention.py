@@ -175,7 +175,7 @@ def _one_by_one(
 ) -> torch.Tensor:
     """`attend` on the CPU, where offsets can be read and the scores of all sequences at once be N^2 numbers."""
     lengths = offsets.diff().tolist()
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    parts = zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)
     alone = [attention_reference(*p, Sequences(offsets, len(p[0]), (1, len(p[0]))), scale=scale) for p in parts]
     return torch.cat(alone) if alone else torch.empty_like(q)
 

@@ -22,6 +22,7 @@ from qwen2tool.errors import UserError
 from qwen2tool.routing.memory import Recompute
 from qwen2tool.training.fast import embedding_to_host, put_on_fast_path
 from qwen2tool.training.forward import log_probs
+from qwen2tool.training.model import fresh_lora
 from qwen2tool.training.passes import Batch, Outcome, Passes
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,21 +73,14 @@ class Stepper:
     @classmethod
     def from_checkpoint(cls, path: Path, options: StepOptions) -> Stepper:
         """Loads `path` and puts a fresh LoRA on it."""
-        from peft import LoraConfig, get_peft_model
-
         torch.manual_seed(options.seed)
         model = load_model(
             open_checkpoint(path), dtype=options.dtype, device=options.device, nf4=options.quantize == "nf4"
         )
         model.config.use_cache = False
-        config = LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            target_modules=list(LINEARS),
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, config).train()
+        model = fresh_lora(
+            model, rank=options.rank, alpha=options.alpha, dropout=options.dropout, targets=LINEARS
+        ).train()
         if options.memory_budget_gb is not None:
             embedding_to_host(model)
         return cls(model, options)
