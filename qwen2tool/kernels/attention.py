@@ -175,8 +175,10 @@ def _one_by_one(
 ) -> torch.Tensor:
     """`attend` on the CPU, where offsets can be read and the scores of all sequences at once be N^2 numbers."""
     lengths = offsets.diff().tolist()
-    parts = zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)
-    alone = [attention_reference(*p, Sequences(offsets, len(p[0]), (1, len(p[0]))), scale=scale) for p in parts]
+    alone = [
+        attention_reference(a, b, c, Sequences(offsets, n, (1, n)), scale=scale)
+        for n, a, b, c in zip(lengths, *(torch.split(x, lengths) for x in (q, k, v)), strict=True)
+    ]
     return torch.cat(alone) if alone else torch.empty_like(q)
 
 
