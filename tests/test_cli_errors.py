@@ -278,12 +278,18 @@ def test_full_disk_while_saving_the_adapter(base_folder, tmp_path):
     assert not list(out.glob("*adapter*"))
 
 
-def test_a_cache_of_weights_in_bin_files_is_refused(base_copy):
+def test_bin_files_are_inspected_and_not_trained(base_copy, tmp_path):
+    state = load_file(base_copy / FIRST) | load_file(base_copy / SECOND)
     for shard in (FIRST, SECOND, INDEX):
         (base_copy / shard).unlink()
+    torch.save(state, base_copy / "pytorch_model.bin")
+    assert run("inspect", base_copy).code == 0
+    data = write_instructions(tmp_path / "data.json", 4)
+    outcome = run("train", "--model", base_copy, "--data", data, "--output", tmp_path / "run")
+    assert outcome.code == 2 and "stored as bin" in outcome.error and not (tmp_path / "run").exists()
     (base_copy / "pytorch_model.bin").write_bytes(b"\x80\x02")
     outcome = run("inspect", base_copy)
-    assert outcome.code == 2 and ".bin checkpoint" in outcome.error
+    assert outcome.code == 2 and "not a file of torch" in outcome.error
 
 
 def test_single_file_checkpoint_is_as_good(base_copy, base_folder):

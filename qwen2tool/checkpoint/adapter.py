@@ -50,6 +50,9 @@ REFUSED_KEYS = (
 """Settings of PEFT's LoraConfig that change what a merge must do."""
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 """`init_lora_weights` that leave the base alone; the others (PiSSA, OLoRA, LoftQ ...) trained beside a changed base."""
+REPEAT, NESTED_REPEAT = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
+MAX_REPEATS = 3
+"""Of a pattern: each more multiplies the steps of matching a name of 60 characters by up to 60."""
 MATRIX_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -160,8 +163,14 @@ def _setting(path: Path, module: str, config: dict[str, Any], key: str, patterns
 
 
 def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of `module` as PEFT matches it, else `default`."""
+    """The value of the first pattern that matches the end of `module` as PEFT matches it, else `default`.
+
+    Raises:
+        re.error: a pattern is no regular expression, or one whose backtracking may never end.
+    """
     for pattern, value in (patterns or {}).items():
+        if NESTED_REPEAT.search(pattern) or len(REPEAT.findall(pattern)) > MAX_REPEATS:
+            raise re.error(f"{pattern[:40]!r} repeats too much")
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

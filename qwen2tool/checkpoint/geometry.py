@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,23 @@ LLAMA_THETA = 10000.0
 MOST = 1 << 31
 MOST_LAYERS = 10_000
 """Beyond any model; a larger number is a damaged file, and counting up to it would never end."""
+MOST_NUMBER = 1e300
+"""JSON holds whole numbers that no float does."""
 FULL_CONFIG = "Copy config.json again from where the checkpoint came from"
+QWEN1_KEYS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size",
+    "seq_length": "max_position_embeddings",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "rotary_emb_base": "rope_theta",
+    "kv_channels": "head_dim",
+    "attn_pdrop": "attention_dropout",
+    "attn_dropout_prob": "attention_dropout",
+}
+"""Qwen (1)'s spelling, first release and later ones, to Qwen2's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +96,8 @@ def geometry(config: Config) -> Geometry:
     Raises:
         UserError: a key that fixes a shape is missing or no positive integer.
     """
+    if config.get("model_type") == "qwen":
+        config = of_qwen1(config)
     hidden, heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
     layers = _positive(config, "num_hidden_layers", most=MOST_LAYERS)
     theta, scaling = effective_rope(config)
@@ -98,12 +115,28 @@ def geometry(config: Config) -> Geometry:
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=config.get("model_type") == "qwen2" or bool(config.get("attention_bias", False)),
+        attention_bias=config.get("model_type") in ("qwen", "qwen2") or bool(config.get("attention_bias", False)),
         sliding_window=config.get("sliding_window"),
         sliding_layers=sliding_layers(config, layers),
         dtype=_dtype(config),
         quantization=_section(config, "quantization_config") if "quantization_config" in config else None,
     )
+
+
+def of_qwen1(config: Config) -> Config:
+    """The config of a Qwen (1) with its geometry in Qwen2's keys; all other keys stay.
+
+    It counts gate and up projection as one `intermediate_size`, has as many key as query heads of `kv_channels` (128
+    where it says nothing), and is trained for `seq_length` positions, whatever `max_position_embeddings` promises.
+    """
+    edited = {**config, "kv_channels": 128 if config.get("kv_channels") is None else config["kv_channels"]}
+    for old, new in QWEN1_KEYS.items():
+        if edited.get(old) is not None:
+            edited[new] = edited.pop(old)
+    if type(edited.get("intermediate_size")) is int:
+        edited["intermediate_size"] //= 2
+    edited["num_key_value_heads"] = edited.get("num_attention_heads")
+    return edited
 
 
 def _positive(config: Config, key: str, default: int | None = None, most: int = MOST) -> int:
@@ -119,7 +152,7 @@ def _number(config: Config, key: str, default: float) -> float:
     value = config.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_NUMBER:
         raise UserError(f"config.json: {key} is {ascii(value)[:40]}, not a positive number", FULL_CONFIG)
     return float(value)
 

@@ -78,16 +78,35 @@ def read_header(file: Path) -> Header:
     """
     size = file.stat().st_size
     with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise UserError(f"{file}: no safetensors header (it claims {length} bytes in a file of {size})", DAMAGED)
+        length = header_length(file, handle.read(8), size)
         text = handle.read(length)
+    return parse_header(file, text, 8 + length, size)
+
+
+def header_length(file: Path, first: bytes, size: int) -> int:
+    """Bytes of JSON that follow the `first` eight of a file of `size` bytes.
+
+    Raises:
+        UserError: more than the file has, or than any header is.
+    """
+    length = int.from_bytes(first, "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise UserError(f"{file}: no safetensors header (it claims {length} bytes in a file of {size})", DAMAGED)
+    return length
+
+
+def parse_header(file: Path, text: bytes, data_start: int, size: int) -> Header:
+    """The header whose JSON is `text`, of a file of `size` bytes (here or elsewhere) whose data begin at `data_start`.
+
+    Raises:
+        UserError: `text` is no valid safetensors header, or it does not describe a file of that size.
+    """
     entries = _parse(file, text)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise UserError(f"{file}: __metadata__ in the header is no object", DAMAGED)
-    infos = sorted((_entry(file, name, entry, 8 + length) for name, entry in entries.items()), key=_position)
-    _check_layout(file, infos, 8 + length, size)
+    infos = sorted((_entry(file, name, entry, data_start) for name, entry in entries.items()), key=_position)
+    _check_layout(file, infos, data_start, size)
     return Header(tensors={info.name: info for info in infos}, metadata={str(k): str(v) for k, v in metadata.items()})
 
 
@@ -110,14 +129,14 @@ def _is_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
     """JSON can spell half a character (a lone surrogate), which no output could show."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     valid = isinstance(entry, dict) and _is_counts(entry.get("shape")) and _is_counts(entry.get("data_offsets"))
-    valid = valid and len(entry["data_offsets"]) == 2 and isinstance(entry.get("dtype"), str) and _is_text(name)
+    valid = valid and len(entry["data_offsets"]) == 2 and isinstance(entry.get("dtype"), str) and is_text(name)
     if not valid:
         raise UserError(f"{file}: corrupt header entry for tensor {name!r}: {ascii(entry)[:80]}", DAMAGED)
     if entry["dtype"] not in ITEM_BYTES:

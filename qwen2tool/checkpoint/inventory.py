@@ -7,18 +7,23 @@ is named. Source of the names and shapes: `geometry.expected_tensors`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import expected_tensors
+from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.errors import EXIT_FINDING, UserError
 
 BIAS_NAME = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.bias")
 QKV = ("q", "k", "v")
 QUANT_PARTS = re.compile(
-    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|qweight|qzeros|scales|g_idx)$"
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB|weight_format"
+    r"|qweight|qzeros|scales|g_idx"
+    r"|weight_(packed|scale|scale_inv|shape|zero_point|g_idx|global_scale)|(input|activation|output|k|v)_scale)$"
 )
-"""Tensors that quantised formats (bitsandbytes, GPTQ, AWQ) store beside or instead of a `.weight`."""
+"""Tensors that bitsandbytes, then GPTQ and AWQ, then fp8 and compressed-tensors store beside or instead of a weight."""
+PACKABLE = ("_proj.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +42,17 @@ class Inventory:
 
 
 def take_inventory(checkpoint: Checkpoint) -> Inventory:
-    """Compares the tensors of `checkpoint` with its geometry's; quantised weights are exempt from shape checks."""
+    """Compares the tensors of `checkpoint` with its geometry's.
+
+    A quantised checkpoint may store a linear's weight packed; then the parts that unpack it are looked for instead.
+    Biases, norms and embeddings stay as they are under every method.
+    """
     shape, tensors = checkpoint.geometry, checkpoint.tensors
     expected = expected_tensors(shape)
     quantized = shape.quantization is not None
-    # A quantised linear may store its weight under other names; biases, norms and embeddings stay as they are.
-    missing = [n for n in expected if n not in tensors and not (quantized and n.endswith("_proj.weight"))]
+    packable = {name for name in expected if quantized and name.endswith(PACKABLE)}
+    missing = [name for name in expected if name not in packable and name not in tensors]
+    missing += [part for name in expected if name in packable for part in _lost_when_packing(name, tensors)]
     extra = [n for n in tensors if n not in expected and not (quantized and QUANT_PARTS.search(n))]
     if shape.tie_word_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")  # a redundant copy of the tied table; `report` says whether it is equal
@@ -50,10 +60,38 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     misshapen = {
         name: (tensors[name].shape, wanted)
         for name, wanted in expected.items()
-        if name in tensors and tensors[name].shape != wanted and not (quantized and name.endswith("_proj.weight"))
+        if name in tensors and tensors[name].shape != wanted and not (name in packable and _is_packed(tensors[name]))
     }
     biases = _bias_table(shape.num_hidden_layers, set(tensors))
     return Inventory(missing=tuple(missing), extra=tuple(extra), misshapen=misshapen, biases=biases)
+
+
+def _is_packed(info: TensorInfo) -> bool:
+    return info.dtype in ("U8", "I8", "I32") or info.dtype.startswith("F8")
+
+
+def _lost_when_packing(name: str, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """What is missing of a weight that may be there plain or packed: the weight itself, or a part that unpacks it.
+
+    bitsandbytes keeps the name: 4-bit as U8 with absmax and a quant_state beside it, 8-bit as I8 with SCB.
+    """
+    module = name.removesuffix("weight")
+    info = tensors.get(name)
+    if info is None:
+        if f"{module}qweight" in tensors:
+            needed: tuple[str, ...] = (f"{module}scales",)
+        else:
+            needed = (f"{module}weight_scale",) if f"{module}weight_packed" in tensors else (name,)
+        yield from (part for part in needed if part not in tensors)
+    elif info.dtype == "U8":
+        if f"{name}.absmax" not in tensors:
+            yield f"{name}.absmax"
+        if not any(f"{name}.quant_state.bitsandbytes__{kind}" in tensors for kind in ("nf4", "fp4")):
+            yield f"{name}.quant_state.bitsandbytes__nf4"
+    elif info.dtype == "I8" and not {f"{module}SCB", f"{name}_scale"} & tensors.keys():
+        yield f"{module}SCB"
+    elif info.dtype.startswith("F8") and not {f"{name}_scale", f"{name}_scale_inv"} & tensors.keys():
+        yield f"{name}_scale"
 
 
 def _bias_table(layers: int, names: set[str]) -> dict[int, dict[str, str]]:

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.folder import Checkpoint, require_safetensors
 from qwen2tool.checkpoint.inventory import BIAS_NAME, require_whole
 from qwen2tool.errors import UserError
 
@@ -39,6 +39,7 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
 
+    require_safetensors(checkpoint)
     require_whole(checkpoint)
     compute = getattr(torch, dtype)
     options: dict[str, Any] = {"dtype": compute, "attn_implementation": attention, "device_map": {"": device}}

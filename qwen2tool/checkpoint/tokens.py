@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Vocabulary:
     file: str
     count: int
     rows: int
+    ids: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:
@@ -50,11 +51,14 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     file = whole if whole.is_file() else plain
     if not ids or not all(type(index) is int and index >= 0 for index in ids.values()):
         raise UserError(f"{file}: holds no vocabulary of token ids", REMEDY)
-    return Vocabulary(file=file.name, count=len(ids), rows=max(ids.values()) + 1)
+    return Vocabulary(file=file.name, count=len(ids), rows=max(ids.values()) + 1, ids=ids)
 
 
 def _from_tokenizer_json(file: Path) -> dict[str, Any]:
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})", REMEDY) from None
     if not text.rstrip().endswith("}"):
         raise UserError(f"{file}: ends early", REMEDY)
     vocabulary, added = _value_after(VOCABULARY, text, file), _value_after(ADDED, text, file)

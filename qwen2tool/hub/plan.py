@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from qwen2tool.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FILE, open_adapter
-from qwen2tool.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from qwen2tool.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, require_safetensors
 from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.checkpoint.header import read_header
 from qwen2tool.checkpoint.inventory import require_whole
@@ -139,6 +139,7 @@ def _kind(path: Path) -> Kind:
 def _model(path: Path, repo_id: str, origin: cards.Origin) -> tuple[list[str], str, list[str]]:
     """Weight files, card and notes of a checkpoint that passes."""
     checkpoint = open_checkpoint(path)
+    require_safetensors(checkpoint)
     require_whole(checkpoint)
     _require_tidy(checkpoint)
     norms = check_biases(checkpoint)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from qwen2tool.checkpoint.adapter import Adapter, LoraPair, open_adapter, require_fit
-from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint
+from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint, require_safetensors
 from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.checkpoint.inventory import require_whole
@@ -60,6 +60,7 @@ def plan_merge(base: str | Path, adapter: Path, dtype: MergeDtype, allow_other_b
             f"{checkpoint.path}: is quantised (config.json has quantization_config)",
             "Merge onto the 16-bit checkpoint that it was made from",
         )
+    require_safetensors(checkpoint)
     require_whole(checkpoint)
     require_fit(opened, checkpoint, allow_other_base)
     pairs = {f"{module}.weight": pair for module, pair in opened.pairs.items()}

@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 
-from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint
+from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint, require_safetensors
 from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import load_tokenizer, quiet_transformers
 from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
@@ -117,6 +117,7 @@ def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool)
     placement = place(settings)
     _require_trackers(settings)
     checkpoint = open_checkpoint(settings.model)
+    require_safetensors(checkpoint)
     require_whole(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
     records, held_out = _read_both(tokenizer, checkpoint, settings)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
-from qwen2tool.checkpoint.folder import open_checkpoint, resolve
+from qwen2tool.checkpoint.folder import open_checkpoint, require_safetensors, resolve
 from qwen2tool.errors import UserError
 from tests.checkpoint.files import FIRST, INDEX, SECOND, edit_json
+from tests.checkpoint.torch_files import as_bins
+from tests.cli_runner import run
 from tests.tiny import write_tiny
 
 
@@ -128,22 +132,105 @@ def test_leftovers(base_copy):
 
 
 def test_adapter_is_no_checkpoint(adapter_folder, base_folder, tmp_path):
-    refused(adapter_folder, "not a checkpoint .no config.json.")
+    refused(adapter_folder, "a PEFT adapter, not a whole checkpoint")
+    refused(adapter_folder / "adapter_model.safetensors", "a PEFT adapter, not a whole checkpoint")
     both = shutil.copytree(adapter_folder, tmp_path / "both")
     shutil.copyfile(base_folder / "config.json", both / "config.json")
     refused(both, "a PEFT adapter, not a whole checkpoint")
 
 
-def test_pickled_checkpoint(base_copy):
+def test_folder_without_config(base_copy):
+    (base_copy / "config.json").unlink()
+    refused(base_copy, "not a checkpoint .no config.json.")
+
+
+def test_folder_without_weights(base_copy):
     for file in (FIRST, SECOND, INDEX):
         (base_copy / file).unlink()
     refused(base_copy, r"not a checkpoint \(no model")
-    (base_copy / "pytorch_model-00001-of-00001.bin").write_bytes(b"")
-    refused(base_copy, "a .bin checkpoint, which can run code")
 
 
-def test_file_is_no_folder(base_folder):
-    refused(base_folder / "config.json", "not a folder")
+def test_safetensors_come_before_bins(base_copy):
+    """transformers reads them first as well."""
+    (base_copy / "pytorch_model.bin").write_bytes(b"")
+    checkpoint = open_checkpoint(base_copy)
+    assert (checkpoint.format, checkpoint.leftovers) == ("safetensors", ())
+
+
+def test_leftovers_of_bins(base_copy, tmp_path):
+    as_bins(base_copy, 2)
+    torch.save({"stray": torch.ones(2)}, base_copy / "pytorch_model-00003-of-00003.bin")
+    torch.save({}, base_copy / "training_args.bin")
+    save_file({"stray": torch.ones(2)}, base_copy / "other.safetensors")
+    left = [path.name for path in open_checkpoint(base_copy).leftovers]
+    assert left == ["other.safetensors", "pytorch_model-00003-of-00003.bin"]
+
+
+def test_bins_and_their_index_agree(base_copy):
+    as_bins(base_copy, 2)
+    first = next(base_copy.glob("pytorch_model-00001*"))
+    state = torch.load(first)
+    torch.save(state | {"stray": torch.ones(2)}, first)
+    refused(base_copy, "holds tensor stray, but the index does not know it")
+    del state["model.embed_tokens.weight"]
+    torch.save(state, first)
+    refused(base_copy, r"says that model\.embed_tokens\.weight is in .*, which does not hold it")
+    first.unlink()
+    refused(base_copy, f"names shard {first.name}")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors", "weights.bin", "weights.pth", "weights.pt"])
+def test_a_single_file(name, tmp_path):
+    folder = write_tiny(tmp_path / "one", shards=1)
+    file, state = folder / name, load_file(folder / "model.safetensors")
+    if file.suffix == ".safetensors":
+        (folder / "model.safetensors").rename(file)
+    else:
+        torch.save(state, file)
+    checkpoint = open_checkpoint(file)
+    assert (checkpoint.path, checkpoint.shards, checkpoint.folder) == (file, (file,), folder)
+    assert checkpoint.tensors.keys() == state.keys() and checkpoint.assumed == ()
+    assert checkpoint.geometry == open_checkpoint(folder).geometry if name.startswith("model") else checkpoint.geometry
+    assert checkpoint.size_of(file) == file.stat().st_size
+
+
+def test_one_shard_is_no_checkpoint(base_folder):
+    refused(base_folder / FIRST, "one of 2 shards")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_file_that_holds_no_weights(name, base_folder):
+    refused(base_folder / name, "not a folder, nor a kind of file that holds a checkpoint")
+
+
+def test_what_training_merging_and_pushing_take(base_copy, base_folder):
+    require_safetensors(open_checkpoint(base_folder))
+    single = write_tiny(base_copy.parent / "one", shards=1) / "model.safetensors"
+    for checkpoint in (open_checkpoint(as_bins(base_copy)), open_checkpoint(single)):
+        with pytest.raises(UserError, match="this needs a folder of safetensors") as caught:
+            require_safetensors(checkpoint)
+        assert "qwen2tool convert" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "command", [("merge", "{base}", "{adapter}", "{out}"), ("push", "{base}", "me/x", "--dry-run")]
+)
+def test_commands_refuse_bins(command, base_copy, adapter_folder, tmp_path):
+    words = {"base": as_bins(base_copy), "adapter": adapter_folder, "out": tmp_path / "out"}
+    outcome = run(*(part.format(**words) for part in command))
+    assert outcome.code == 2 and "stored as bin" in outcome.error and not (tmp_path / "out").exists()
+
+
+def test_a_lone_gguf_and_several(tmp_path, monkeypatch):
+    opened = []
+    module = types.ModuleType("qwen2tool.checkpoint.gguf_file")
+    module.open_gguf = opened.append
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    open_checkpoint(tmp_path), open_checkpoint(tmp_path / "a.gguf")
+    assert opened == [tmp_path / "a.gguf"] * 2
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, r"holds 2 \.gguf files \(a\.gguf, b\.gguf")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "no-such-folder", "./runs/x", "a/b/c"])
@@ -155,5 +242,10 @@ def test_path_that_is_not_there(name):
 @pytest.mark.parametrize("name", ["owner/double--dash", "owner/two..dots"])
 def test_what_the_hub_calls_no_name(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="the Hub gave no such model"):
+    with pytest.raises(UserError, match="the Hub has no model of such a name"):
         resolve(name)
+
+
+def test_a_path_has_no_revision(base_folder):
+    with pytest.raises(UserError, match="has no revision 'main'"):
+        open_checkpoint(base_folder, revision="main")

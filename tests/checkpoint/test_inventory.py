@@ -85,10 +85,14 @@ def test_other_architecture(kind, base_copy):
 def test_packed_linears_may_lack_their_weight_but_never_a_bias(base_copy):
     edit_config(base_copy, quantization_config={"quant_method": "gptq"})
     drop(base_copy, "q_proj.weight")
-    put(base_copy, "model.layers.0.self_attn.q_proj.qweight", torch.ones(4, 4, dtype=torch.int32))
+    for layer in range(3):
+        put(base_copy, f"model.layers.{layer}.self_attn.q_proj.qweight", torch.ones(4, 4, dtype=torch.int32))
+        put(base_copy, f"model.layers.{layer}.self_attn.q_proj.scales", torch.ones(4))
     found = take_inventory(open_checkpoint(base_copy))
     assert (found.missing, found.extra) == ((), ())
     drop(base_copy, K1)
     assert take_inventory(open_checkpoint(base_copy)).missing == (K1,)
+    drop(base_copy, "model.layers.2.self_attn.q_proj.qweight")
+    assert take_inventory(open_checkpoint(base_copy)).missing == (K1, "model.layers.2.self_attn.q_proj.weight")
     edit_config(base_copy, quantization_config=None)
     assert len(take_inventory(open_checkpoint(base_copy)).missing) == 4

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwen2tool.checkpoint.report import Report, inspect_checkpoint
 from qwen2tool.checkpoint.show import print_report
-from tests.checkpoint.edits import INDEX, QKV_BIASES, drop, edit_config, edit_json, put, rewrite
+from tests.checkpoint.edits import INDEX, QKV_BIASES, drop, edit_config, edit_json, load_state, put, rewrite
 from tests.tiny import write_tiny
 
 K1 = "model.layers.1.self_attn.k_proj.bias"
@@ -32,7 +33,7 @@ def assert_wrong(report: Report, verdict: str, *words: str) -> None:
 def test_a_whole_checkpoint(base_folder):
     report = inspect_checkpoint(base_folder)
     assert (report.verdict, report.findings, report.exit_code) == ("qwen2", (), 0)
-    assert report.to_json()["schema_version"] == 1
+    assert report.to_json()["schema_version"] == 2
     assert json.loads(json.dumps(report.to_json())) == report.to_json()
 
 
@@ -48,9 +49,12 @@ def test_facts_are_those_of_transformers(base_folder):
     assert found["geometry"]["group_size"] == model.model.layers[0].self_attn.num_key_value_groups == 2
     assert found["files"]["bytes"] == sum(f.stat().st_size for f in base_folder.glob("*.safetensors"))
     assert found["files"]["declared_bytes"] == found["files"]["tensor_bytes"] == 2 * found["parameters"]["total"]
-    assert found["biases"] | {"layers": 0} == {"expected": 9, "present": 9, "missing": 0, "extra": [], "layers": 0}
-    assert found["rope"] | {"spelled_in": 0} == {"theta": 1e6, "scaling": None, "spelled_in": 0, "disagreement": None}
-    assert (found["chat_template"], found["generation_config"]) == ("tokenizer_config.json", True)
+    counted = {key: found["biases"][key] for key in ("expected", "present", "missing", "extra", "dtypes", "zero")}
+    assert counted == {"expected": 9, "present": 9, "missing": 0, "extra": [], "dtypes": {"BF16": 9}, "zero": []}
+    rope = {key: found["rope"][key] for key in ("theta", "scaling", "disagreement")}
+    assert rope == {"theta": 1e6, "scaling": None, "disagreement": None}
+    assert found["files"]["shards"][0]["metadata"] == {"format": "pt"}
+    assert (found["chat_template"], found["generation"]["file"]) == ("tokenizer_config.json", True)
     assert found["quantization"] == {"config": None, "evidence": {}}
 
 
@@ -80,14 +84,17 @@ def test_a_llama_layout_that_will_drop_the_biases(base_copy):
     assert_wrong(inspect_checkpoint(base_copy), "llama layout with qwen2 biases", "attention_bias", "9 q/k/v biases")
 
 
-def test_a_llama_layout_with_an_o_bias(base_copy):
+@pytest.mark.parametrize(("value", "words"), [(0.0, "converted back to Qwen2 without loss"), (1.0, "no way back")])
+def test_a_llama_layout_with_an_o_bias(base_copy, value, words):
+    """Zeros are what a lossless conversion adds; a trained one has no place in a Qwen2."""
     edit_config(base_copy, model_type="llama", attention_bias=True)
-    rewrite(
-        base_copy, lambda s: s.update({f"model.layers.{i}.self_attn.o_proj.bias": torch.ones(64) for i in range(3)})
-    )
+    fresh = {f"model.layers.{i}.self_attn.o_proj.bias": torch.zeros(64) for i in range(3)}
+    fresh["model.layers.2.self_attn.o_proj.bias"][5] = value
+    rewrite(base_copy, lambda state: state.update(fresh))
     report = inspect_checkpoint(base_copy)
     assert report.findings == () and report.to_json()["biases"]["extra"] == ["0.o", "1.o", "2.o"]
-    assert any("only zeros there can be converted back" in note for note in report.notes)
+    assert [words in note for note in report.notes if "that no Qwen2 has" in note] == [True]
+    assert report.judgement.biases_sound and report.exit_code == 1
 
 
 def test_a_llama_layout_without_biases(base_copy):
@@ -171,13 +178,35 @@ def test_rope_scaling_in_either_spelling(base_copy):
     scaling = {"factor": 4.0, "original_max_position_embeddings": 128}
     wanted = {"rope_type": "yarn", **scaling}
     edit_config(base_copy, rope_parameters=None, rope_scaling={"type": "yarn", **scaling})
-    assert section(base_copy, "rope") == {
-        "theta": 1e6, "scaling": wanted, "spelled_in": ["rope_theta"], "disagreement": None
-    }  # fmt: skip
+    rope = section(base_copy, "rope")
+    assert (rope["theta"], rope["scaling"], rope["spelled_in"], rope["disagreement"]) == (
+        1e6, wanted, ["rope_theta"], None
+    )  # fmt: skip
+    assert set(rope["readers"]) == {"transformers 5", "transformers 4", "older"}
+    assert all(found == {"theta": 1e6, "scaling": wanted} for found in rope["readers"].values())
     edit_config(base_copy, rope_scaling=None, rope_theta=None, rope_parameters={"rope_theta": 1e6, **wanted})
     report = inspect_checkpoint(base_copy)
     assert report.to_json()["rope"]["scaling"] == wanted
     assert report.exit_code == 0 and any("transformers 4 will read 10000" in note for note in report.notes)
+    readers = report.to_json()["rope"]["readers"]
+    assert readers["transformers 5"] == {"theta": 1e6, "scaling": wanted}
+    assert readers["transformers 4"] == readers["older"] == {"theta": 10000.0, "scaling": None}
+
+
+def test_readers_of_before_rope_type_need_the_old_word(base_copy):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    edit_config(base_copy, rope_parameters=None, rope_scaling=scaling)
+    report = inspect_checkpoint(base_copy)
+    readers = report.to_json()["rope"]["readers"]
+    assert readers["transformers 4"]["scaling"] == scaling and readers["older"]["scaling"] is None
+    assert any("no `type` beside `rope_type`" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("theta", [1e6, 5e6])
+def test_the_theta_of_transformers_5_is_that_of_transformers(base_copy, theta):
+    edit_config(base_copy, rope_theta=None, rope_parameters={"rope_theta": theta, "rope_type": "default"})
+    truth = Qwen2Config.from_pretrained(base_copy).rope_parameters["rope_theta"]
+    assert section(base_copy, "rope")["readers"]["transformers 5"]["theta"] == truth == theta
 
 
 def test_two_thetas_that_disagree_are_wrong(base_copy):
@@ -196,16 +225,45 @@ def test_leftovers_and_a_wrong_sum_are_notes(base_copy):
     (base_copy / "consolidated.safetensors").write_bytes(b"anything")
     edit_json(base_copy / INDEX, lambda index: index["metadata"].update(total_size=5_000_000))
     report = inspect_checkpoint(base_copy)
-    assert report.exit_code == 0 and report.to_json()["files"]["leftovers"] == ["consolidated.safetensors"]
+    left = {"name": "consolidated.safetensors", "tensors": None, "repeated": None}
+    assert report.exit_code == 0 and report.to_json()["files"]["leftovers"] == [left]
     fresh = set(report.notes) - set(before.notes)
     assert len(fresh) == 2 and any("consolidated" in n for n in fresh) and any("declares 5.0 MB" in n for n in fresh)
+
+
+def test_a_leftover_is_opened_to_see_whether_it_repeats(base_copy):
+    names = list(load_state(base_copy))
+    save_file({names[0]: torch.ones(2), names[1]: torch.ones(2)}, base_copy / "consolidated.safetensors")
+    save_file({names[0]: torch.ones(2), "stray": torch.ones(2)}, base_copy / "model-00009-of-00009.safetensors")
+    report = inspect_checkpoint(base_copy)
+    counts = {left["name"]: (left["tensors"], left["repeated"]) for left in report.to_json()["files"]["leftovers"]}
+    assert counts == {"consolidated.safetensors": (2, 2), "model-00009-of-00009.safetensors": (2, 1)}
+    assert any("consolidated" in note and "a second time, and can go" in note for note in report.notes)
+    assert any("00009" in note and "1 of the tensors a second time, and 1 others" in note for note in report.notes)
+
+
+def test_a_header_without_format_is_noted(base_copy):
+    assert not any("format: pt" in note for note in inspect_checkpoint(base_copy).notes)
+    state = load_state(base_copy)
+    rewrite(base_copy, lambda state: None)
+    save_file(state, base_copy / "model.safetensors")
+    assert any("format: pt" in note for note in inspect_checkpoint(base_copy).notes)
+
+
+def test_an_untied_head_that_is_absent(base_copy):
+    drop(base_copy, "lm_head.weight")
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "head is not tied", "lm_head.weight is absent")
+    edit_config(base_copy, tie_word_embeddings=True)
+    assert inspect_checkpoint(base_copy).findings == ()
 
 
 def test_tokenizer_against_the_rows(base_copy):
     report = inspect_checkpoint(base_copy)
     tokens = report.to_json()["tokenizer"]
     assert tokens["vocabulary_rows"] == 384 and tokens["rows_needed"] < 384
-    assert any(f"{384 - tokens['rows_needed']} of 384 rows belong to no token" in note for note in report.notes)
+    assert tokens["padded_rows"] == 384 - tokens["rows_needed"]
+    padded = [note for note in report.notes if f"{tokens['padded_rows']} of 384 rows belong to no token" in note]
+    assert len(padded) == 1 and "do not resize" in padded[0]
     extra = {"id": 384, "content": "<|one_too_many|>", "special": True}
     edit_json(base_copy / "tokenizer.json", lambda t: t["added_tokens"].append(extra))
     assert_wrong(inspect_checkpoint(base_copy), "qwen2", "highest id is 384", "only 384 rows")
@@ -226,54 +284,29 @@ def test_heads_that_do_not_divide(base_copy):
     assert any("evenly" in finding for finding in inspect_checkpoint(base_copy).findings)
 
 
-def pack(folder: Path, *parts: str) -> None:
-    """Every linear as GPTQ or AWQ store it: int32 words in place of the weight."""
-
-    def change(state):
-        for name in [name for name in state if name.endswith("_proj.weight")]:
-            del state[name]
-            state |= {f"{name.removesuffix('weight')}{part}": torch.ones(4, 4, dtype=torch.int32) for part in parts}
-
-    rewrite(folder, change)
-
-
-def test_a_quantised_checkpoint(base_copy):
-    whole = inspect_checkpoint(base_copy).to_json()["parameters"]
-    pack(base_copy, "qweight", "qzeros", "scales", "g_idx")
-    assert "config.json does not say so" in " ".join(inspect_checkpoint(base_copy).findings)
-    edit_config(base_copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    report = inspect_checkpoint(base_copy)
-    assert (report.verdict, report.findings) == ("qwen2", ())
-    assert report.to_json()["quantization"]["evidence"]["GPTQ"] == 21
-    assert report.to_json()["parameters"] == whole
-    drop(base_copy, "model.layers.1.mlp.up_proj.qweight")
-    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "model.layers.1.mlp.up_proj.weight")
-
-
-def test_zero_biases_of_gptq_writers_are_noted(base_copy):
-    pack(base_copy, "qweight", "g_idx")
-    edit_config(base_copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    put(base_copy, "model.layers.0.mlp.up_proj.bias", torch.zeros(100))
-    report = inspect_checkpoint(base_copy)
-    assert report.findings == () and any("GPTQ writers" in note for note in report.notes)
-
-
-def test_a_quantization_config_without_packed_tensors(base_copy):
-    edit_config(base_copy, quantization_config={"quant_method": "awq", "bits": 4})
-    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "no tensor is stored packed")
-
-
 def test_printed_report(base_copy, capsys):
     print_report(inspect_checkpoint(base_copy))
     whole = capsys.readouterr().out
+    assert whole.startswith("biases sound: all 9 q/k/v biases are there, none of them empty (norms ")
     assert "9 of 9 present" in whole and "verdict: qwen2\n" in whole and "WRONG" not in whole
     assert "missing" not in whole
     drop(base_copy, K1)
     print_report(inspect_checkpoint(base_copy))
     damaged = capsys.readouterr().out
+    assert damaged.startswith("biases WRONG: 1 of 9 q/k/v biases are MISSING\n1 finding, the first: 1 of 9 q/k/v")
     rows = [line.split() for line in damaged.splitlines()]
     assert ["0,", "2", "present", "present", "present"] in rows and ["1", "present", "missing", "present"] in rows
     assert f"WRONG: 1 of 9 q/k/v biases are missing, the first is {K1}" in damaged
+
+
+def test_each_reader_is_printed_where_they_differ(base_copy, capsys):
+    print_report(inspect_checkpoint(base_copy))
+    assert "theta 1,000,000, no scaling (for every reader)" in capsys.readouterr().out
+    edit_config(base_copy, rope_theta=None, rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    print_report(inspect_checkpoint(base_copy))
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("RoPE"))
+    old = "transformers 4, older readers: theta 10,000, no scaling"
+    assert f"transformers 5: theta 1,000,000, no scaling; {old}" in row
 
 
 @pytest.mark.parametrize(("values", "torch_is_there"), [(False, False), (True, True)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen2tool.checkpoint import reader
+from qwen2tool.checkpoint import values
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.header import read_header
 from qwen2tool.checkpoint.report import inspect_checkpoint
@@ -53,7 +53,7 @@ def test_norms_and_extremes_are_those_of_torch(base_folder):
 def test_a_report_holds_the_bias_table(base_folder):
     report, state = inspect_checkpoint(base_folder, values=True), load_state(base_folder)
     assert report.exit_code == 0
-    table = report.to_json()["values"]["biases"]
+    table = report.to_json()["biases"]["stats"]
     for layer in range(3):
         for projection in "qkv":
             wanted = state[f"model.layers.{layer}.self_attn.{projection}_proj.bias"].double()
@@ -69,7 +69,7 @@ def test_a_report_holds_the_bias_table(base_folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_pieces_add_up(tmp_path, monkeypatch, dtype):
     """Pieces of 64 bytes, an odd length, every kind of special value in some piece but not in all."""
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(values, "BLOCK_BYTES", 64)
     x = torch.randn(1003, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[[3, 900]], x[[4, 5, 901]], x[[100, 101, 102, 700]] = float("nan"), float("-inf"), 0.0
     found, finite = stats_of(x, tmp_path), x[x.isfinite()].double()
@@ -98,7 +98,8 @@ def test_an_empty_tensor_has_no_values(tmp_path):
 def test_re_initialised_biases(base_copy):
     rewrite(base_copy, zero("_proj.bias"))
     assert "all q/k/v biases are zero in every layer: they were re-initialised" in findings(base_copy)
-    assert inspect_checkpoint(base_copy).exit_code == 0, "headers alone cannot see it"
+    report = inspect_checkpoint(base_copy)
+    assert report.exit_code == 1 and report.headline.startswith("all 9 q/k/v biases are there, but every one is zero")
 
 
 def test_one_zero_bias_is_named(base_copy):
@@ -110,7 +111,7 @@ def test_one_zero_bias_is_named(base_copy):
 def test_a_single_zero_in_a_bias_is_no_finding(base_copy):
     rewrite(base_copy, lambda state: state[K1].__setitem__(0, 0.0))
     assert findings(base_copy) == ""
-    assert inspect_checkpoint(base_copy, values=True).to_json()["values"]["biases"]["1"]["k"]["zero_fraction"] == 1 / 32
+    assert inspect_checkpoint(base_copy, values=True).to_json()["biases"]["stats"]["1"]["k"]["zero_fraction"] == 1 / 32
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -118,7 +119,7 @@ def test_values_that_are_not_finite(base_copy, value, capsys):
     rewrite(base_copy, lambda state: state[K1].__setitem__(0, value))
     report = inspect_checkpoint(base_copy, values=True)
     assert report.findings == (f"1 tensor is not finite (NaN or Inf), the first is {K1}",)
-    stats = report.to_json()["values"]["biases"]["1"]["k"]
+    stats = report.to_json()["biases"]["stats"]["1"]["k"]
     assert stats["nan"] + stats["inf"] == 1 and stats["l2"] < 100
     print_report(report)
     assert ("1 NaN" if value != value else "1 Inf") in capsys.readouterr().out

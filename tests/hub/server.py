@@ -1,6 +1,7 @@
-"""A Hub for tests: the part of its HTTP interface that a push needs, in memory, on a free port of the loopback.
+"""A Hub for tests: the part of its HTTP interface that a push, a download and ranged reads need, on a loopback port.
 
-It keeps commits as whole file maps and large files by sha256, as the Hub does. `requests` is what it was asked for.
+It keeps commits as whole file maps and large files by sha256, as the Hub does. `requests` is what it was asked for,
+`sent` how many bytes it answered with. A file may be a `Path`: one of many GB can be sparse on the disk.
 Known tokens: "writer" may do all, "reader" may only read; any other gets 401.
 """
 
@@ -15,22 +16,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 
 @dataclass
 class Repo:
-    """`files` maps commit -> path -> contents, `branches` a branch -> its head."""
+    """`files` maps commit -> path -> contents, `branches` a branch -> its head; of a gated one only lists are given."""
 
     private: bool
-    files: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"0" * 40: {".gitattributes": b"*\n"}})
+    files: dict[str, dict[str, Any]] = field(default_factory=lambda: {"0" * 40: {".gitattributes": b"*\n"}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": "0" * 40})
+    gated: bool = False
 
 
 @dataclass
 class Hub:
-    """The state; `lose` is a tensor that headers come back without, `lose_file` a file that lists come back without."""
+    """The state; `lose` is a tensor that headers come back without, `lose_file` a file that lists come back without.
+
+    `whole_files`: ranges are not understood.
+    """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
@@ -38,6 +44,8 @@ class Hub:
     lock: threading.Lock = field(default_factory=threading.Lock)
     lose: str = ""
     lose_file: str = ""
+    whole_files: bool = False
+    sent: int = 0
     url: str = ""
 
 
@@ -68,10 +76,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for key, text in ({"Content-Length": str(len(data))} | headers).items():
             self.send_header(key, text)
+        data = b"" if self.command == "HEAD" else data
+        with self.hub.lock:
+            self.hub.sent += len(data) + sum(map(len, self._headers_buffer))
         self.end_headers()
         self.wfile.write(data)
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def _route(self, path: str, body: bytes) -> Any:
         """A JSON value or bytes for status 200, or a tuple of status, value and headers."""
@@ -116,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, _: bytes, repo_id: str, revision: str = "main") -> Any:
         repo, commit = self._repo(repo_id, revision)
         files = repo.files[commit].items()
-        siblings = [{"rfilename": name, "size": len(data)} for name, data in files if name != self.hub.lose_file]
+        siblings = [{"rfilename": name, "size": _size(data)} for name, data in files if name != self.hub.lose_file]
         return {"id": repo_id, "sha": commit, "private": repo.private, "siblings": siblings, "tags": []}
 
     def branch(self, _: bytes, repo_id: str, name: str) -> Any:
@@ -150,11 +161,29 @@ class Handler(BaseHTTPRequestHandler):
         repo.files[commit], repo.branches[branch] = files, commit
         return {"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{commit}"}
 
+    def tree(self, _: bytes, repo_id: str, revision: str) -> Any:
+        repo, commit = self._repo(repo_id, revision)
+        files = repo.files[commit].items()
+        return [{"type": "file", "path": name, "size": _size(data), "oid": _etag(data)} for name, data in files]
+
     def resolve(self, _: bytes, repo_id: str, revision: str, name: str) -> Any:
         repo, commit = self._repo(repo_id, revision)
-        data = _without(repo.files[commit][name], self.hub.lose)
-        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        return 206, data[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
+        if repo.gated:
+            raise Refusal(403, "Access to this model is restricted", "GatedRepo")
+        if name not in repo.files[commit]:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        data = repo.files[commit][name]
+        if self.hub.lose:
+            data = _without(data, self.hub.lose)
+        size, asked = _size(data), self.headers["Range"]
+        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if self.command == "HEAD":
+            return 200, b"", headers | {"Content-Length": str(size)}
+        if asked is None or self.hub.whole_files:
+            return 200, _part(data, 0, size), headers
+        first, last = map(int, asked.removeprefix("bytes=").split("-"))
+        last = min(last, size - 1)
+        return 206, _part(data, first, last + 1), headers | {"Content-Range": f"bytes {first}-{last}/{size}"}
 
 
 ID = r"([\w.-]+/[\w.-]+)"
@@ -162,12 +191,30 @@ ROUTES: list[tuple[str, Any]] = [
     (r"/api/repos/create", Handler.create),
     (r"/api/validate-yaml", Handler.validate),
     (rf"/api/models/{ID}(?:/revision/(.+))?", lambda h, body, repo, rev: h.info(body, repo, rev or "main")),
+    (rf"/api/models/{ID}/tree/([^/]+)/?", Handler.tree),
     (rf"/api/models/{ID}/branch/(.+)", Handler.branch),
     (rf"/api/models/{ID}/preupload/(.+)", Handler.preupload),
     (rf"/api/models/{ID}/commit/(.+)", Handler.commit),
     (rf"/{ID}\.git/info/lfs/objects/batch", Handler.batch),
     (rf"/{ID}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]
+
+
+def _size(data: bytes | Path) -> int:
+    return data.stat().st_size if isinstance(data, Path) else len(data)
+
+
+def _part(data: bytes | Path, first: int, end: int) -> bytes:
+    if isinstance(data, bytes):
+        return data[first:end]
+    with data.open("rb") as handle:
+        handle.seek(first)
+        return handle.read(end - first)
+
+
+def _etag(data: bytes | Path) -> str:
+    """By contents, since the client's cache is; a file on the disk never changes."""
+    return hashlib.sha1(data if isinstance(data, bytes) else str(data).encode()).hexdigest()
 
 
 def _mode(name: str, files: dict[str, bytes]) -> dict[str, Any]:
