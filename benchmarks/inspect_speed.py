@@ -1,9 +1,10 @@
-"""How long `qwen2tool inspect` takes on a 7B checkpoint in four shards: process start to exit, median of several.
+"""How long `qwen2tool inspect` takes on a 7B and on a 72B in shards of 4 GB: process start to exit, median of several.
 
     python benchmarks/inspect_speed.py [--runs 9] [--result FILE]
 
-The shards are sparse files with true headers: only the headers are read, so 15 GB need not exist. A tokenizer.json of
-the real size (151,643 tokens and as many merges) lies beside them, since reading it is most of the work.
+The shards are sparse files with true headers and random biases: nothing else is read, so 145 GB need not exist. A
+tokenizer.json of the real size (151,643 tokens and as many merges) lies beside them, since reading it is much of the
+work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from io import SEEK_CUR
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -30,7 +33,7 @@ from geometries import published_config  # noqa: E402
 from qwen2tool.checkpoint.geometry import expected_tensors, geometry, with_both_spellings  # noqa: E402
 from qwen2tool.checkpoint.writer import Slot, plan_shards, write_index, write_json, write_safetensors  # noqa: E402
 
-GEOMETRY = "qwen2.5-7b"
+GEOMETRIES = ("qwen2.5-7b", "qwen2.5-72b")
 SHARD_BYTES = 4_000_000_000
 BASE_TOKENS = 151_643
 COMMANDS = {
@@ -50,25 +53,31 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--result", type=Path, help="write the JSON there too")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        shards = write_sparse(folder)
-        found = {name: measure(command, folder, options.runs) for name, command in COMMANDS.items()}
-    for name, seconds in found.items():
-        print(f"{name:15} {seconds['wall']:.3f} s wall, {seconds['cpu']:.3f} s CPU (median of {options.runs})")
-    result = {"geometry": GEOMETRY, "shards": shards, "runs": options.runs, "seconds": found, "machine": machine()}
+    geometries = {name: time_geometry(name, options.runs) for name in GEOMETRIES}
+    result = {"geometries": geometries, "runs": options.runs, "machine": machine()}
     print(json.dumps(result, indent=1))
     if options.result:
         write_json(options.result, result)
 
 
-def write_sparse(folder: Path) -> int:
-    """A checkpoint whose data are holes; returns the number of shards."""
-    config = published_config(GEOMETRY)
+def time_geometry(geometry_name: str, runs: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shards = write_sparse(folder, geometry_name)
+        found = {name: measure(command, folder, runs) for name, command in COMMANDS.items()}
+    for name, seconds in found.items():
+        times = f"{seconds['wall']:.3f} s wall (least {seconds['least']:.3f}), {seconds['cpu']:.3f} s CPU"
+        print(f"{geometry_name:12} {name:15} {times}, medians of {runs}")
+    return {"shards": shards, "seconds": found}
+
+
+def write_sparse(folder: Path, geometry_name: str) -> int:
+    """A checkpoint whose data are holes, but for its biases; returns the number of shards."""
+    config = published_config(geometry_name)
     slots = [Slot(name=n, dtype="BF16", shape=s) for n, s in expected_tensors(geometry(config)).items()]
     shards = plan_shards(slots, SHARD_BYTES)
     for file, members in shards.items():
-        write_safetensors(folder / file, members, skip)
+        write_safetensors(folder / file, members, write_bias_or_skip)
         with (folder / file).open("rb") as handle:
             header = 8 + int.from_bytes(handle.read(8), "little")
         os.truncate(folder / file, header + sum(slot.nbytes for slot in members))
@@ -78,8 +87,13 @@ def write_sparse(folder: Path) -> int:
     return len(shards)
 
 
-def skip(slot: Slot, handle: BinaryIO) -> None:
-    handle.seek(slot.nbytes, SEEK_CUR)
+def write_bias_or_skip(slot: Slot, handle: BinaryIO) -> None:
+    """Random bf16 biases: the upper halves of fp32 numbers."""
+    if slot.name.endswith(".bias"):
+        numbers = np.random.default_rng(len(slot.name)).normal(size=slot.shape).astype("<f4")
+        handle.write((numbers.view("<u4") >> 16).astype("<u2").tobytes())
+    else:
+        handle.seek(slot.nbytes, SEEK_CUR)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -107,7 +121,8 @@ def measure(command: list[str], folder: Path, runs: int) -> dict[str, float]:
         cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if done.returncode:
             raise SystemExit(f"{line} ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
-    return {"wall": round(statistics.median(wall[1:]), 4), "cpu": round(statistics.median(cpu[1:]), 4)}
+    middle = statistics.median
+    return {"wall": round(middle(wall[1:]), 4), "least": round(min(wall[1:]), 4), "cpu": round(middle(cpu[1:]), 4)}
 
 
 def machine() -> dict[str, Any]:

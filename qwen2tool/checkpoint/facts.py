@@ -1,19 +1,22 @@
-"""What headers, config and tokenizer files say of a checkpoint, section by section, as `report` serialises it.
+"""What headers and config say of a checkpoint, section by section, as `report` serialises it.
 
-Each function makes one section of `Report.to_json()`, whose keys are documented there. No tensor data is read.
+Each function makes one section of `Report.to_json()`; the keys are documented in docs/inspect-schema.md. No tensor
+data is read here.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from qwen2tool.checkpoint.folder import INDEX_NAME, Checkpoint
-from qwen2tool.checkpoint.geometry import expected_tensors, read_json, rope_disagreement
+from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.geometry import Config, effective_rope, expected_tensors, rope_disagreement
+from qwen2tool.checkpoint.header import read_header
 from qwen2tool.checkpoint.inventory import QKV, Inventory
-from qwen2tool.checkpoint.tokens import read_vocabulary
+from qwen2tool.errors import UserError
 
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 BUFFER = "rotary_emb.inv_freq"
@@ -22,7 +25,9 @@ EVIDENCE = (
     (re.compile(r"\.SCB$"), "bitsandbytes int8"),
     (re.compile(r"\.g_idx$"), "GPTQ"),
     (re.compile(r"\.qweight$"), "packed integers (GPTQ or AWQ)"),
+    (re.compile(r"\.weight_packed$"), "compressed-tensors"),
 )
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def geometry_section(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -67,19 +72,10 @@ def tensors_section(checkpoint: Checkpoint, found: Inventory) -> dict[str, Any]:
         "count": len(checkpoint.tensors),
         "has_layers": any(name.startswith("model.layers.") for name in checkpoint.tensors),
         "dtypes": dict(sorted(dtypes.items())),
-        "missing": [*found.missing, *lost_when_packing(checkpoint)],
+        "missing": list(found.missing),
         "extra": list(found.extra),
         "misshapen": {n: {"found": list(f), "expected": list(e)} for n, (f, e) in found.misshapen.items()},
     }
-
-
-def lost_when_packing(checkpoint: Checkpoint) -> list[str]:
-    """Weights of a quantised checkpoint that are there neither plain nor packed (`take_inventory` exempts both)."""
-    if checkpoint.geometry.quantization is None:
-        return []
-    weights = [name for name in expected_tensors(checkpoint.geometry) if name.endswith("_proj.weight")]
-    there = checkpoint.tensors
-    return [name for name in weights if name not in there and f"{name.removesuffix('weight')}qweight" not in there]
 
 
 def files_section(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -87,28 +83,70 @@ def files_section(checkpoint: Checkpoint) -> dict[str, Any]:
     counts = dict.fromkeys(checkpoint.shards, 0)
     for info in checkpoint.tensors.values():
         counts[info.file] += 1
-    shards = [{"name": s.name, "bytes": s.stat().st_size, "tensors": n} for s, n in counts.items()]
-    index = checkpoint.path / INDEX_NAME
-    metadata = read_json(index).get("metadata") if index.is_file() else None
+    local = checkpoint.format == "safetensors" and checkpoint.commit is None
+    shards = [
+        {
+            "name": shard.name,
+            "bytes": checkpoint.size_of(shard),
+            "tensors": count,
+            "metadata": read_header(shard).metadata if local else None,
+        }
+        for shard, count in counts.items()
+    ]
+    declared = checkpoint.index.get("metadata") if checkpoint.index else None
     return {
-        "bytes": sum(shard.stat().st_size for shard in checkpoint.shards),
+        "format": checkpoint.format,
+        "bytes": sum(shard["bytes"] for shard in shards),
         "shards": shards,
-        "index": "consistent" if index.is_file() else "none",
-        "declared_bytes": metadata.get("total_size") if isinstance(metadata, dict) else None,
+        "index": "none" if checkpoint.index is None else "consistent",
+        "declared_bytes": declared.get("total_size") if isinstance(declared, dict) else None,
         "tensor_bytes": checkpoint.nbytes,
-        "leftovers": [path.name for path in checkpoint.leftovers],
+        "leftovers": [_leftover(checkpoint, path) for path in checkpoint.leftovers],
+        "commit": checkpoint.commit,
+        "unread": dict(checkpoint.unread),
+        "assumed": list(checkpoint.assumed),
     }
+
+
+def _leftover(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
+    """What a file that nothing points to holds: `repeated` of its `tensors` are in the checkpoint already."""
+    tensors = repeated = None
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            names = read_header(path).tensors.keys()
+        except UserError:  # no part of the checkpoint, so its damage is nobody's
+            names = None
+        if names is not None:
+            tensors, repeated = len(names), len(names & checkpoint.tensors.keys())
+    return {"name": path.name, "tensors": tensors, "repeated": repeated}
 
 
 def rope_section(checkpoint: Checkpoint) -> dict[str, Any]:
     shape, config = checkpoint.geometry, checkpoint.config
+    disagreement = rope_disagreement(config)  # refuses what is no object, before it is looked into
     spelled = {"rope_theta": config, "rope_parameters": config.get("rope_parameters") or {}}
     return {
         "theta": shape.rope_theta,
         "scaling": shape.rope_scaling,
         "spelled_in": [key for key, where in spelled.items() if where.get("rope_theta") is not None],
-        "disagreement": rope_disagreement(checkpoint.config),
+        "readers": rope_by_reader(config),
+        "disagreement": disagreement,
     }
+
+
+def rope_by_reader(config: Config) -> dict[str, dict[str, Any]]:
+    """RoPE as each kind of reader takes it from `config`.
+
+    transformers 5 reads `rope_parameters`, and the older keys; transformers 4 only `rope_theta` and `rope_scaling`;
+    older readers (transformers before 4.43, converters of that time) of `rope_scaling` only one whose kind is spelled
+    `type`. Where a reader finds no theta it takes 10000.
+    """
+    scaling = {key: value for key, value in (config.get("rope_scaling") or {}).items() if key != "rope_theta"}
+    old = {"rope_theta": config.get("rope_theta"), "rope_scaling": scaling}
+    by_type = {key: value for key, value in scaling.items() if key != "rope_type"} if scaling.get("type") else {}
+    configs = {"transformers 5": config, "transformers 4": old, "older": old | {"rope_scaling": by_type}}
+    found = {reader: effective_rope(what) for reader, what in configs.items()}
+    return {reader: {"theta": theta, "scaling": how} for reader, (theta, how) in found.items()}
 
 
 def sliding_section(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -122,57 +160,50 @@ def sliding_section(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def head_section(checkpoint: Checkpoint) -> dict[str, Any]:
-    present = "lm_head.weight" in checkpoint.tensors
+    present = {"lm_head.weight", "lm_head.qweight"} & checkpoint.tensors.keys()
     return {"tied": checkpoint.geometry.tie_word_embeddings, "lm_head": "present" if present else "absent"}
 
 
 def quantization_section(checkpoint: Checkpoint) -> dict[str, Any]:
     """`evidence` counts tensors by the format that stores such parts."""
-    evidence: dict[str, int] = {}
+    evidence: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         for pattern, kind in EVIDENCE:
             match = pattern.search(name)
             if match:
-                key = kind.format(*match.groups())
-                evidence[key] = evidence.get(key, 0) + 1
+                evidence[kind.format(*match.groups())] += 1
         if info.dtype.startswith("F8"):
-            evidence["fp8"] = evidence.get("fp8", 0) + 1
-    return {"config": checkpoint.geometry.quantization, "evidence": evidence}
-
-
-def tokenizer_section(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    vocabulary = read_vocabulary(checkpoint.path)
-    if vocabulary is None:
-        return None
-    table = checkpoint.tensors.get("model.embed_tokens.weight")
-    return {
-        "file": vocabulary.file,
-        "count": vocabulary.count,
-        "rows_needed": vocabulary.rows,
-        "vocabulary_rows": table.shape[0] if table and table.shape else checkpoint.geometry.vocab_size,
-    }
-
-
-def chat_template(folder: Path) -> str | None:
-    """The file that holds the chat template."""
-    for name in ("chat_template.jinja", "chat_template.json"):
-        if (folder / name).is_file():
-            return name
-    settings = folder / "tokenizer_config.json"
-    return settings.name if settings.is_file() and read_json(settings).get("chat_template") else None
+            evidence["fp8"] += 1
+        elif checkpoint.format == "gguf" and info.dtype not in PLAIN_DTYPES:
+            evidence[f"GGUF {info.dtype}"] += 1
+    return {"config": checkpoint.geometry.quantization, "evidence": dict(evidence)}
 
 
 def biases_section(checkpoint: Checkpoint, found: Inventory) -> dict[str, Any]:
-    """`layers` holds every layer; `present` counts q, k and v only, `extra` names the biases that no Qwen2 has."""
+    """`layers` holds every layer; `present` and `dtypes` count q, k and v, `extra` names what no Qwen2 has.
+
+    `read`, `stats`, `zero` and `not_finite` are filled in by `report` where the numbers can be read.
+    """
     layers = checkpoint.geometry.num_hidden_layers
-    present = sum(states.get(p) == "present" for layer, states in found.biases.items() if layer < layers for p in QKV)
+    there = [
+        (layer, p)
+        for layer, states in found.biases.items()
+        for p in QKV
+        if layer < layers and states.get(p) == "present"
+    ]
+    dtypes = Counter(checkpoint.tensors[f"model.layers.{layer}.self_attn.{p}_proj.bias"].dtype for layer, p in there)
     extra = [
         f"{layer}.{p}" for layer, states in found.biases.items() for p, state in states.items() if state == "extra"
     ]
     return {
         "expected": 3 * layers,
-        "present": present,
-        "missing": 3 * layers - present,
+        "present": len(there),
+        "missing": 3 * layers - len(there),
         "extra": extra,
+        "dtypes": dict(sorted(dtypes.items())),
         "layers": {str(layer): states for layer, states in found.biases.items()},
+        "read": False,
+        "stats": None,
+        "zero": [],
+        "not_finite": [],
     }

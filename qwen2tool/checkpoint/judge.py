@@ -1,4 +1,4 @@
-"""From the sections of a report to its verdict, its findings and its notes.
+"""From the sections of a report to its verdict, its headline and its findings; `notes` has what is wrong for nobody.
 
 Works on the same plain values that `Report.to_json()` gives away, so that every sentence can be traced to a number a
 reader sees.
@@ -10,43 +10,102 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen2tool.console import format_bytes
+from qwen2tool.checkpoint.biases import BIAS_DTYPES
+from qwen2tool.checkpoint.inventory import QKV
+from qwen2tool.checkpoint.notes import count, extra_stats, notes
+from qwen2tool.console import format_number
 
 Sections = dict[str, Any]
-DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """`verdict` is one of the five of `report`; a finding makes the checkpoint wrong for somebody, a note does not."""
+    """`verdict` is one of the five of `report`, `headline` a sentence on the biases, `biases_sound` whether it is good.
+
+    A finding makes the checkpoint wrong for somebody, a note does not.
+    """
 
     verdict: str
+    biases_sound: bool
+    headline: str
     findings: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """Of the biases, in a word."""
+        return "sound" if self.biases_sound else "unknown" if self.verdict.startswith("not") else "WRONG"
 
 
 def judge(sections: Sections) -> Judgement:
     """The verdict on `sections`, with what is wrong and what is merely worth knowing."""
     verdict = _verdict(sections)
     if verdict.startswith("not qwen2"):
-        return Judgement(verdict=verdict, findings=(), notes=())
-    findings = [*_bias_findings(sections), *_tensor_findings(sections), *_config_findings(sections)]
-    notes = [*_layout_notes(sections), *_config_notes(sections), *_file_notes(sections)]
-    if sections["values"] is not None:
-        findings += _value_findings(sections)
-        notes += _value_notes(sections["values"])
-    return Judgement(verdict=verdict, findings=tuple(findings), notes=tuple(notes))
+        headline = f"{verdict}: nothing is said about its biases"
+        return Judgement(verdict=verdict, biases_sound=False, headline=headline, findings=(), notes=())
+    damage = _damage(sections["biases"], sections["geometry"]["model_type"] == "llama")
+    findings = [
+        *_bias_findings(sections),
+        *_bias_value_findings(sections),
+        *_tensor_findings(sections),
+        *_config_findings(sections),
+        *_value_findings(sections),
+    ]
+    return Judgement(
+        verdict=verdict,
+        biases_sound=damage is None,
+        headline=damage or _all_there(sections["biases"]),
+        findings=tuple(findings),
+        notes=tuple(notes(sections)),
+    )
 
 
 def _verdict(sections: Sections) -> str:
     kind, biases = sections["geometry"]["model_type"], sections["biases"]
     if kind not in ("qwen2", "llama"):
-        return f"not qwen2 (model_type is {kind!r})"
+        return "not qwen2 (Qwen 1: convert it)" if kind == "qwen" else f"not qwen2 (model_type is {kind!r})"
     if not sections["tensors"]["has_layers"]:
         return f"not qwen2 (model_type is {kind!r}, but no tensor is named model.layers.*)"
     if kind == "llama":
         return "llama layout with qwen2 biases" if biases["present"] else "llama layout without biases"
     return "qwen2 with missing biases" if biases["missing"] else "qwen2"
+
+
+def _damage(biases: Sections, llama: bool) -> str | None:
+    """What is wrong with the biases, in the words that a worried user reads first; None where nothing is."""
+    expected, missing, zero = biases["expected"], biases["missing"], biases["zero"]
+    if missing == expected and llama:
+        return f"none of the {expected} q/k/v biases that a Qwen2 has is there; a Llama has none"
+    if missing:
+        return f"{missing} of {expected} q/k/v biases are MISSING"
+    but = f"all {expected} q/k/v biases are there, but"
+    if len(zero) == expected:
+        return f"{but} every one is zero: they were lost, and zeros saved in their place"
+    if zero:
+        return f"{but} {len(zero)} of them hold nothing but zeros"
+    if biases["not_finite"]:
+        return f"{but} {len(biases['not_finite'])} of them hold NaN or Inf"
+    if odd := _odd_dtypes(biases):
+        return f"{but} {sum(odd.values())} of them as {', '.join(odd)}, which is no bias that can be added"
+    if biases["read"] and len(_norms(biases)) < expected:
+        return f"{but} {expected - len(_norms(biases))} of them in a shape that is no bias"
+    return None
+
+
+def _all_there(biases: Sections) -> str:
+    there = f"all {biases['expected']} q/k/v biases are there"
+    if not biases["read"]:
+        return f"{there}, by name and shape; their numbers were not read, since the files are not here"
+    low, high = min(_norms(biases)), max(_norms(biases))
+    return f"{there}, none of them empty (norms {format_number(low)} to {format_number(high)})"
+
+
+def _norms(biases: Sections) -> list[float]:
+    return [stats["l2"] for row in biases["stats"].values() for p, stats in row.items() if p in QKV]
+
+
+def _odd_dtypes(biases: Sections) -> dict[str, int]:
+    return {dtype: number for dtype, number in biases["dtypes"].items() if dtype not in BIAS_DTYPES}
 
 
 def _bias_findings(sections: Sections) -> Iterator[str]:
@@ -55,8 +114,11 @@ def _bias_findings(sections: Sections) -> Iterator[str]:
         layer, projection = next(
             (layer, p) for layer, states in biases["layers"].items() for p, s in states.items() if s == "missing"
         )
+        packed = (
+            " beside packed weights, which keep theirs in 16 or 32 bit," if sections["quantization"]["evidence"] else ""
+        )
         yield (
-            f"{biases['missing']} of {biases['expected']} q/k/v biases are missing, the first is "
+            f"{biases['missing']} of {biases['expected']} q/k/v biases are missing{packed or ','} the first is "
             f"model.layers.{layer}.self_attn.{projection}_proj.bias: readers fill them with zeros and go on"
         )
     if llama and biases["present"] and not sections["geometry"]["attention_bias"]:
@@ -64,22 +126,56 @@ def _bias_findings(sections: Sections) -> Iterator[str]:
             f"attention_bias is not set in config.json: a Llama reader drops the {biases['present']} q/k/v biases "
             "that are in the files"
         )
+    for dtype, number in _odd_dtypes(biases).items():
+        yield (
+            f"{number} q/k/v biases are stored as {dtype}: every format, packed ones too, keeps them in 16 or 32 bit, "
+            "so readers drop them or add garbage"
+        )
+
+
+def _bias_value_findings(sections: Sections) -> Iterator[str]:
+    """What the numbers of the biases give away, where they were read."""
+    biases = sections["biases"]
+    zero = biases["zero"]
+    if zero and len(zero) == biases["present"]:
+        yield (
+            "all q/k/v biases are zero in every layer: they were re-initialised, as a reader does that does not find "
+            "them; go back to the original checkpoint"
+        )
+    elif zero:
+        yield f"{len(zero)} of {biases['present']} q/k/v biases are all zero, the first is {zero[0]}"
+    values = sections["values"]
+    broken = biases["not_finite"] if values is None else values["not_finite"]
+    if broken:
+        yield f"{count(broken, 'tensor')} not finite (NaN or Inf), the first is {broken[0]}"
+    trained = [name for name, stats in extra_stats(biases) if stats["max_abs"]]
+    if trained and sections["quantization"]["evidence"] and sections["geometry"]["model_type"] == "qwen2":
+        yield (
+            f"{len(trained)} biases beside q, k and v are not zero ({trained[0]} first): no Qwen2 has them, and "
+            "readers that add them get another model"
+        )
 
 
 def _tensor_findings(sections: Sections) -> Iterator[str]:
     tensors = sections["tensors"]
     missing = [name for name in tensors["missing"] if not name.endswith(".bias")]
     extra = [name for name in tensors["extra"] if not _explained(name, sections)]
+    if "lm_head.weight" in missing and not sections["head"]["tied"]:
+        missing.remove("lm_head.weight")
+        yield (
+            "the head is not tied, but lm_head.weight is absent: readers make up a random head (if the head was tied, "
+            "config.json has lost tie_word_embeddings)"
+        )
     if missing:
-        yield f"{_count(missing, 'tensor')} missing, the first is {missing[0]}"
+        yield f"{count(missing, 'tensor')} missing, the first is {missing[0]}"
     if tensors["misshapen"]:
         name, shapes = next(iter(tensors["misshapen"].items()))
         yield (
-            f"{_count(tensors['misshapen'], 'tensor')} of another shape than config.json says, the first is {name}: "
+            f"{count(tensors['misshapen'], 'tensor')} of another shape than config.json says, the first is {name}: "
             f"it has {shapes['found']}, config.json asks for {shapes['expected']}"
         )
     if extra:
-        yield f"{_count(extra, 'tensor')} that no such model has, the first is {extra[0]}"
+        yield f"{count(extra, 'tensor')} that no such model has, the first is {extra[0]}"
 
 
 def _explained(name: str, sections: Sections) -> bool:
@@ -87,10 +183,6 @@ def _explained(name: str, sections: Sections) -> bool:
     return name.endswith("_proj.bias") and (
         sections["geometry"]["model_type"] == "llama" or bool(sections["quantization"]["evidence"])
     )
-
-
-def _count(things: Any, noun: str) -> str:
-    return f"1 {noun} is" if len(things) == 1 else f"{len(things)} {noun}s are"
 
 
 def _config_findings(sections: Sections) -> Iterator[str]:
@@ -107,86 +199,19 @@ def _config_findings(sections: Sections) -> Iterator[str]:
             f"the tokenizer's highest id is {tokens['rows_needed'] - 1}, but the embedding has only "
             f"{tokens['vocabulary_rows']} rows"
         )
+    beyond = [stop["id"] for stop in sections["generation"]["stops_at"] if not 0 <= stop["id"] < shape["vocab_size"]]
+    if beyond:
+        yield f"generation stops at id {beyond[0]}, which the vocabulary of {shape['vocab_size']} rows does not have"
     quantization = sections["quantization"]
     if quantization["config"] is not None and not quantization["evidence"]:
         yield "config.json has a quantization_config, but no tensor is stored packed"
-    if quantization["config"] is None and quantization["evidence"]:
+    if quantization["config"] is None and quantization["evidence"] and sections["files"]["format"] != "gguf":
         yield f"tensors are stored packed ({', '.join(quantization['evidence'])}), but config.json does not say so"
 
 
 def _value_findings(sections: Sections) -> Iterator[str]:
-    values, biases = sections["values"], sections["biases"]
-    for_zero, broken = values["zero_biases"], values["not_finite"]
-    if broken:
-        yield f"{_count(broken, 'tensor')} not finite (NaN or Inf), the first is {broken[0]}"
-    if for_zero and len(for_zero) == biases["present"]:
-        yield (
-            "all q/k/v biases are zero in every layer: they were re-initialised, as a reader does that does not find "
-            "them; go back to the original checkpoint"
-        )
-    elif for_zero:
-        yield f"{len(for_zero)} of {biases['present']} q/k/v biases are all zero, the first is {for_zero[0]}"
-    if values["zero_weights"]:
-        yield f"{_count(values['zero_weights'], 'weight')} all zero, the first is {values['zero_weights'][0]}"
+    values = sections["values"]
+    if values is not None and values["zero_weights"]:
+        yield f"{count(values['zero_weights'], 'weight')} all zero, the first is {values['zero_weights'][0]}"
     if sections["head"]["lm_head"] == "different":
         yield "the head is tied, but lm_head.weight differs from the embedding: readers drop one of them"
-
-
-def _layout_notes(sections: Sections) -> Iterator[str]:
-    head, extra = sections["head"], sections["biases"]["extra"]
-    if head["tied"] and head["lm_head"] in ("present", "equal"):
-        yield "the head is tied, and lm_head.weight is stored all the same" + (
-            ", equal to the embedding" if head["lm_head"] == "equal" else " (--values says whether it is a copy)"
-        )
-    if extra and sections["quantization"]["evidence"]:
-        yield f"{len(extra)} biases beside q, k and v ({extra[0]} first): GPTQ writers add zeros there"
-    elif extra and sections["geometry"]["model_type"] == "llama":
-        yield f"{len(extra)} biases that no Qwen2 has ({extra[0]} first): only zeros there can be converted back"
-    missing = [name for name in sections["tensors"]["missing"] if name.endswith("o_proj.bias")]
-    if missing:
-        yield f"{len(missing)} o_proj biases, which attention_bias promises, are not stored: readers take zeros"
-
-
-def _config_notes(sections: Sections) -> Iterator[str]:
-    rope, tokens, sliding = sections["rope"], sections["tokenizer"], sections["sliding"]
-    if rope["disagreement"] and len(rope["spelled_in"]) == 1:
-        yield rope["disagreement"]
-    if not rope["spelled_in"]:
-        yield f"config.json names no rope_theta: readers take {rope['theta']:g}"
-    if sliding["sliding_window"] is not None and not sliding["layers"]:
-        reason = (
-            f"max_window_layers {sliding['max_window_layers']} leaves no layer to slide"
-            if sliding["use_sliding_window"]
-            else "use_sliding_window is false"
-        )
-        yield f"sliding_window {sliding['sliding_window']} is set but unused: {reason}"
-    if tokens and tokens["rows_needed"] < tokens["vocabulary_rows"]:
-        rest = tokens["vocabulary_rows"] - tokens["rows_needed"]
-        yield f"the vocabulary is padded: {rest} of {tokens['vocabulary_rows']} rows belong to no token"
-    declared = DTYPE_NAMES.get(str(sections["geometry"]["dtype"]))
-    stored = sections["tensors"]["dtypes"]
-    if declared and declared not in stored:
-        yield f"config.json says {sections['geometry']['dtype']}, the tensors are {', '.join(stored)}"
-
-
-def _file_notes(sections: Sections) -> Iterator[str]:
-    files = sections["files"]
-    for name in files["leftovers"]:
-        yield f"{name} is not part of the checkpoint: nothing points to it"
-    if files["declared_bytes"] not in (None, files["tensor_bytes"]):
-        yield (
-            f"the index declares {format_bytes(files['declared_bytes'])}, the tensors take "
-            f"{format_bytes(files['tensor_bytes'])}"
-        )
-    if sections["tokenizer"] is None:
-        yield "there is no tokenizer"
-    elif sections["chat_template"] is None:
-        yield "there is no chat template"
-    if not sections["generation_config"]:
-        yield "there is no generation_config.json"
-
-
-def _value_notes(values: dict[str, Any]) -> Iterator[str]:
-    beyond = values["beyond_fp16"]
-    if beyond:
-        yield f"{_count(beyond, 'tensor')} beyond fp16's range of 65504, the first is {beyond[0]}"

@@ -1,67 +1,62 @@
 """`inspect`: what a checkpoint is, and whether anything is wrong with it, q/k/v biases first.
 
-A reader of the files answers this in a quarter of a second from headers, config and tokenizer files, without torch;
-with `values` every tensor is read once as well. The verdict is about layout: which architecture the *tensors* are,
-whatever config.json claims. It is one of
+A reader of the files answers this in a third of a second from headers, config, tokenizer files and the biases' numbers,
+without torch; with `values` every tensor is read once as well. Of a model on the Hub only headers are read. The verdict
+is about layout: which architecture the *tensors* are, whatever config.json claims. It is one of
 
     qwen2 | qwen2 with missing biases | llama layout with qwen2 biases | llama layout without biases | not qwen2 (why)
 
-Findings make the checkpoint unusable or wrong for some reader; notes are harmless. The exit code is 0 for a verdict of
-`qwen2` without findings, else 1.
+Findings make the checkpoint unusable or wrong for some reader; notes are harmless, and so is the hazard of a sound
+checkpoint whose biases stock attention cannot bear. The exit code is 0 for a verdict of `qwen2` without findings,
+else 1.
 
-`Report.to_json()` is a plain dict; keys are only ever added while `schema_version` stays 1:
-
-    schema_version  1
-    path, verdict, exit_code, findings [sentence], notes [sentence]
-    geometry        model_type, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-                    num_key_value_heads, group_size, head_dim, vocab_size, max_position_embeddings, rms_norm_eps, dtype,
-                    attention_bias
-    parameters      total, without_embedding (neither table nor head); a tied head counts once, packed weights by shape
-    tensors         count, has_layers, dtypes {name: {tensors, numbers}}, missing [name],
-                    extra [name], misshapen {name: {found, expected}}
-    files           bytes, shards [{name, bytes, tensors}], index (consistent | none), declared_bytes (of the index, or
-                    null), tensor_bytes, leftovers [file]
-    rope            theta, scaling (object or null), spelled_in [rope_theta, rope_parameters],
-                    disagreement (sentence or null)
-    sliding         use_sliding_window, sliding_window, max_window_layers (as written), layers [those that slide]
-    head            tied, lm_head (absent | present; with values equal | different for a tied one)
-    quantization    config (object or null), evidence {format: tensors}
-    tokenizer       null, or file, count, rows_needed (highest id + 1), vocabulary_rows
-    chat_template   file or null
-    generation_config   true | false
-    biases          expected, present, missing, extra ["layer.projection"], layers {layer: {projection: state}}
-    values          null, or
-        biases      {layer: {q, k, v: stats}}; stats = l2, max_abs (both over finite entries), zero_fraction, nan, inf
-        matrices    stats of all of them together, count, worst [{name, ...stats}]
-        not_finite, beyond_fp16, zero_biases, zero_weights   [name]
+`Report.to_json()` is a plain dict, documented key by key in docs/inspect-schema.md; keys are only ever added while
+`schema_version` stays 2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint import facts
-from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint
-from qwen2tool.checkpoint.inventory import Inventory, take_inventory
+from qwen2tool.checkpoint.biases import bias_name, read_biases, stats_by_layer
+from qwen2tool.checkpoint.folder import HUB_ID, Checkpoint, open_checkpoint
+from qwen2tool.checkpoint.hazard import hazard_section
+from qwen2tool.checkpoint.inventory import QKV, take_inventory
 from qwen2tool.checkpoint.judge import Judgement, judge
-from qwen2tool.errors import EXIT_FINDING
+from qwen2tool.checkpoint.needs import memory_section
+from qwen2tool.checkpoint.side_files import side_sections
+from qwen2tool.errors import EXIT_FINDING, UserError
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from qwen2tool.checkpoint.biases import Vectors
+
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What was found; `sections` are the parts of `to_json()` from `geometry` on."""
 
-    path: Path
+    checkpoint: Checkpoint
     judgement: Judgement
     sections: dict[str, Any]
+    numbers: Vectors | None = field(repr=False)
+    """The biases themselves, where they were read."""
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
 
     @property
     def verdict(self) -> str:
         return self.judgement.verdict
+
+    @property
+    def headline(self) -> str:
+        return self.judgement.headline
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -72,15 +67,23 @@ class Report:
         return self.judgement.notes
 
     @property
+    def hazard(self) -> str | None:
+        """A sentence on what stock attention does with these biases, None where nothing."""
+        section = self.sections["hazard"]
+        return None if section is None else section["sentence"]
+
+    @property
     def exit_code(self) -> int:
         return EXIT_FINDING if self.verdict != "qwen2" or self.findings else 0
 
     def to_json(self) -> dict[str, Any]:
-        """The whole report as JSON values; the module docstring lists the keys."""
+        """The whole report as JSON values; docs/inspect-schema.md lists the keys."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "kind": "checkpoint",
             "path": str(self.path),
             "verdict": self.verdict,
+            "headline": self.headline,
             "exit_code": self.exit_code,
             "findings": list(self.findings),
             "notes": list(self.notes),
@@ -88,34 +91,65 @@ class Report:
         }
 
 
-def inspect_checkpoint(path: str | Path, values: bool = False) -> Report:
-    """Inspects the checkpoint at `path` (a folder, or a Hub id); with `values` its tensors are read as well.
+def inspect_checkpoint(path: str | Path, values: bool = False, revision: str | None = None) -> Report:
+    """Inspects the checkpoint at `path`: a folder, a file, or owner/name on the Hub (headers only, at `revision`).
+
+    With `values` every tensor is read, not the biases alone.
 
     Raises:
-        UserError: not a safetensors checkpoint, or one whose files are damaged or disagree with their index.
+        UserError: no checkpoint, one whose files are damaged or disagree with their index, or `values` of a remote one.
     """
-    checkpoint = open_checkpoint(path)
-    found = take_inventory(checkpoint)
-    sections = _sections(checkpoint, found)
+    checkpoint = open_anywhere(path, revision)
+    if values and checkpoint.commit is not None:
+        raise UserError(
+            f"{path}: on the Hub, where no tensor is read", f"Leave --values out, or download it: hf download {path}"
+        )
+    numbers = read_biases(checkpoint)
+    sections = _sections(checkpoint, numbers)
     if values:
         _add_values(checkpoint, sections)
-    return Report(path=checkpoint.path, judgement=judge(sections), sections=sections)
+    return Report(checkpoint=checkpoint, judgement=judge(sections), sections=sections, numbers=numbers)
 
 
-def _sections(checkpoint: Checkpoint, found: Inventory) -> dict[str, Any]:
+def open_anywhere(path: str | Path, revision: str | None = None) -> Checkpoint:
+    """A local checkpoint, or the headers of one on the Hub where nothing local has that name.
+
+    Raises:
+        UserError: neither, or damage.
+    """
+    if HUB_ID.fullmatch(str(path)) and not Path(path).expanduser().exists():
+        from qwen2tool.checkpoint.remote import open_remote
+
+        return open_remote(str(path), revision)
+    return open_checkpoint(path, revision=revision)
+
+
+def _sections(checkpoint: Checkpoint, numbers: Vectors | None) -> dict[str, Any]:
+    found = take_inventory(checkpoint)
+    biases = facts.biases_section(checkpoint, found)
+    if numbers is not None:
+        stats = stats_by_layer(numbers)
+        named = [(bias_name(layer, p), s) for layer, row in stats.items() for p, s in row.items() if p in QKV]
+        biases |= {
+            "read": True,
+            "stats": {str(layer): {p: s.to_json() for p, s in row.items()} for layer, row in stats.items()},
+            "zero": [name for name, s in named if s.all_zero],
+            "not_finite": [name for name, s in named if s.nan or s.inf],
+        }
+    parameters = facts.parameters_section(checkpoint)
     return {
         "geometry": facts.geometry_section(checkpoint),
-        "parameters": facts.parameters_section(checkpoint),
+        "parameters": parameters,
         "tensors": facts.tensors_section(checkpoint, found),
         "files": facts.files_section(checkpoint),
         "rope": facts.rope_section(checkpoint),
         "sliding": facts.sliding_section(checkpoint),
         "head": facts.head_section(checkpoint),
         "quantization": facts.quantization_section(checkpoint),
-        "tokenizer": facts.tokenizer_section(checkpoint),
-        "chat_template": facts.chat_template(checkpoint.path),
-        "generation_config": (checkpoint.path / "generation_config.json").is_file(),
-        "biases": facts.biases_section(checkpoint, found),
+        **side_sections(checkpoint),
+        "biases": biases,
+        "hazard": hazard_section(checkpoint.geometry, numbers),
+        "memory": memory_section(checkpoint.geometry, parameters["total"], checkpoint.nbytes),
         "values": None,
     }
 
@@ -124,7 +158,7 @@ def _add_values(checkpoint: Checkpoint, sections: dict[str, Any]) -> None:
     """Reads the tensors: fills `values`, and says of a tied head's copy whether it is one."""
     from qwen2tool.checkpoint.values import measure, same_data, summarise
 
-    sections["values"] = summarise(measure(checkpoint))
+    sections["values"] = summarise(checkpoint, measure(checkpoint))
     head = checkpoint.tensors.get("lm_head.weight")
     table = checkpoint.tensors.get("model.embed_tokens.weight")
     if checkpoint.geometry.tie_word_embeddings and head is not None and table is not None:

@@ -1,20 +1,21 @@
 """What the tensors of a checkpoint hold: norms, extremes, zeros, NaN and Inf, each tensor read once.
 
 Headers cannot tell a trained bias from the zeros that a reader filled in, nor a good matrix from a hole in a broken
-download. Costs one pass over the files in pieces of 16 MB; nothing larger is ever in memory.
+download. Costs one pass over the files in pieces of 1 MB; nothing larger is ever in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.inventory import BIAS_NAME, QKV
 from qwen2tool.console import Advance, progress
+from qwen2tool.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 FP16_MAX = 65504.0
 SAFE_TO_SQUARE = 1e15
 """Sums of squares of larger numbers can leave fp32's range."""
+BLOCK_BYTES = 1 << 20
 RUN = 1024
 WORST = 5
 
@@ -69,14 +71,18 @@ def measure(checkpoint: Checkpoint) -> dict[str, Stats]:
 
 
 def measure_tensor(info: TensorInfo, advance: Advance | None = None) -> Stats:
-    """The statistics of one tensor, accumulated over pieces of 16 MB."""
+    """The statistics of one tensor, accumulated over blocks that stay in a processor's cache.
+
+    Extremes and zeros by numpy, which is three times faster at them than torch on one core.
+    """
+    import numpy as np
     import torch
 
-    from qwen2tool.checkpoint.reader import TORCH_DTYPE, raw_chunks
+    from qwen2tool.checkpoint.reader import TORCH_DTYPE
 
     squares, largest, zeros, nan, inf = [0.0], 0.0, 0, 0, 0
-    for piece in raw_chunks(info):
-        x = torch.frombuffer(bytearray(piece), dtype=TORCH_DTYPE[info.dtype])
+    for block in _blocks(info):
+        x = torch.frombuffer(block, dtype=TORCH_DTYPE[info.dtype])
         x = x if info.dtype == "F64" else x.float()
         top = _largest(x)
         if not isfinite(top):
@@ -84,20 +90,37 @@ def measure_tensor(info: TensorInfo, advance: Advance | None = None) -> Stats:
             inf += int(x.isinf().sum())
             x = x[x.isfinite()]
             top = _largest(x)
-        zeros += x.numel() - int(x.count_nonzero())
+        zeros += int(np.count_nonzero(x.numpy() == 0))
         squares.append(_sum_of_squares(x, top))
         largest = max(largest, top)
         if advance is not None:
-            advance(len(piece))
+            advance(len(block))
     return Stats(numel=info.numel, l2=sqrt(fsum(squares)), max_abs=largest, zeros=zeros, nan=nan, inf=inf)
 
 
+def _blocks(info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces of `BLOCK_BYTES`, each of them in the memory of the one before it.
+
+    Raises:
+        UserError: the file ends inside the tensor.
+    """
+    memory, left = memoryview(bytearray(min(BLOCK_BYTES, info.nbytes))), info.nbytes
+    with info.file.open("rb") as handle:
+        handle.seek(info.start)
+        while left:
+            block = memory[: min(left, BLOCK_BYTES)]
+            if handle.readinto(block) != len(block):
+                raise UserError(f"{info.file}: ends inside tensor {info.name}", "Copy the file again: it is damaged")
+            left -= len(block)
+            yield block
+
+
 def _largest(x: torch.Tensor) -> float:
-    """Largest magnitude in one pass; NaN where there is any."""
+    """Largest magnitude; NaN where there is any."""
     if x.numel() == 0:
         return 0.0
-    low, high = x.aminmax()
-    return max(abs(float(low)), abs(float(high)))
+    numbers = x.numpy()
+    return max(abs(float(numbers.min())), abs(float(numbers.max())))
 
 
 def _sum_of_squares(x: torch.Tensor, top: float) -> float:
@@ -120,35 +143,19 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     return all(a == b for a, b in zip(raw_chunks(one), raw_chunks(other), strict=True))
 
 
-def summarise(stats: Mapping[str, Stats]) -> dict[str, Any]:
-    """The `values` section of a report; see `report` for its keys."""
+def summarise(checkpoint: Checkpoint, stats: Mapping[str, Stats]) -> dict[str, Any]:
+    """The `values` section of a report; `not_read` counts the tensors, by dtype, whose numbers are packed."""
     weights = {name: s for name, s in stats.items() if name.endswith(".weight")}
     matrices = {name: s for name, s in weights.items() if not name.endswith("norm.weight")}
     worst = sorted(matrices, key=lambda name: (-matrices[name].nan - matrices[name].inf, -matrices[name].max_abs))
     return {
-        "biases": _bias_table(stats),
         "matrices": _total(matrices.values()).to_json()
         | {"count": len(matrices), "worst": [{"name": name} | matrices[name].to_json() for name in worst[:WORST]]},
         "not_finite": [name for name, s in stats.items() if s.nan or s.inf],
         "beyond_fp16": [name for name, s in stats.items() if s.max_abs > FP16_MAX],
-        "zero_biases": [name for name, s in stats.items() if s.all_zero and is_qkv_bias(name)],
         "zero_weights": [name for name, s in weights.items() if s.all_zero],
+        "not_read": dict(Counter(info.dtype for name, info in checkpoint.tensors.items() if name not in stats)),
     }
-
-
-def _bias_table(stats: Mapping[str, Stats]) -> dict[str, dict[str, dict[str, Any]]]:
-    table: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in filter(is_qkv_bias, stats):
-        match = BIAS_NAME.fullmatch(name)
-        assert match is not None
-        table.setdefault(match[1], {})[match[2]] = stats[name].to_json()
-    return {layer: table[layer] for layer in sorted(table, key=int)}
-
-
-def is_qkv_bias(name: str) -> bool:
-    """Whether `name` is one of the three biases that every Qwen2 layer has."""
-    match = BIAS_NAME.fullmatch(name)
-    return match is not None and match[2] in QKV
 
 
 def _total(stats: Iterable[Stats]) -> Stats:
