@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qwen2tool import __version__
+from qwen2tool.commands.convert import convert
 from qwen2tool.commands.demo import demo
 from qwen2tool.commands.inspect import inspect
 from qwen2tool.commands.merge import merge
@@ -80,5 +81,5 @@ def _common(
     pass
 
 
-for command in (inspect, routes, train, merge, verify_equivalence, push, demo):
+for command in (inspect, routes, train, merge, convert, verify_equivalence, push, demo):
     app.command()(command)

@@ -17,7 +17,7 @@ from tests.cli_runner import run
 from tests.training.common import write_instructions
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("inspect", "train", "merge", "verify-equivalence", "push", "routes", "demo")
+COMMANDS = ("inspect", "convert", "train", "merge", "verify-equivalence", "push", "routes", "demo")
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

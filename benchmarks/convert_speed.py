@@ -1,0 +1,110 @@
+"""What `qwen2tool convert` takes beside `cp` of the same files, both until the disk has them: alternating, medians.
+
+    python benchmarks/convert_speed.py [--gigabytes 2] [--runs 5] [--work FOLDER] [--result FILE]
+
+The checkpoint has a 7B's matrices of random bytes, as many layers as the size allows, in shards of 500 MB. `convert`
+reads, writes and hashes every byte (sha256 in the manifest) and syncs each file; `cp` is followed by `sync` of its
+files. The whole process is timed, from its start to its exit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from geometries import published_config  # noqa: E402
+
+from qwen2tool.checkpoint.geometry import expected_tensors, geometry, with_both_spellings  # noqa: E402
+from qwen2tool.checkpoint.writer import Slot, plan_shards, write_index, write_json, write_safetensors  # noqa: E402
+
+SHARD_BYTES = 500_000_000
+FIXED = {"vocab_size": 8192, "layer_types": None}
+"""A small vocabulary, so that the layers are most of it."""
+KINDS = {
+    "convert --to llama": ["--to", "llama"],
+    "convert, other shards": ["--max-shard-size", "300MB"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--work", type=Path, help="a folder on the disk to measure (three times the size)")
+    parser.add_argument("--result", type=Path, help="write the JSON there too")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+        source = Path(scratch) / "source"
+        size = write_random(source, options.gigabytes * 1e9)
+        seconds = measure(source, Path(scratch), options.runs)
+    copying = statistics.median(seconds["cp"])
+    rates = {name: round(size / statistics.median(found) / 1e6) for name, found in seconds.items()}
+    result = {
+        "bytes": size,
+        "seconds": {name: [round(value, 3) for value in found] for name, found in seconds.items()},
+        "megabytes_per_second": rates,
+        "of_cp": {name: round(copying / statistics.median(found), 3) for name, found in seconds.items()},
+        "machine": {"python": platform.python_version(), "cpus": os.cpu_count(), "system": platform.system()},
+    }
+    print(json.dumps(result, indent=1))
+    if options.result:
+        write_json(options.result, result)
+
+
+def write_random(folder: Path, target: float) -> int:
+    """A checkpoint of about `target` bytes; returns how many of data there are."""
+    folder.mkdir()
+    config = {key: value for key, value in (published_config("qwen2.5-7b") | FIXED).items() if value is not None}
+    layers, size = 0, 0.0
+    while size < target:
+        layers += 1
+        config["num_hidden_layers"] = config["max_window_layers"] = layers
+        slots = [Slot(name=n, dtype="BF16", shape=s) for n, s in expected_tensors(geometry(config)).items()]
+        size = sum(slot.nbytes for slot in slots)
+    piece = random.Random(0).randbytes(1 << 24)
+
+    def fill(slot: Slot, handle: BinaryIO) -> None:
+        for start in range(0, slot.nbytes, len(piece)):
+            handle.write(piece[: slot.nbytes - start])
+
+    shards = plan_shards(slots, SHARD_BYTES)
+    for file, members in shards.items():
+        write_safetensors(folder / file, members, fill)
+    write_index(folder, shards)
+    write_json(folder / "config.json", with_both_spellings(config))
+    return sum(slot.nbytes for slot in slots)
+
+
+def measure(source: Path, work: Path, runs: int) -> dict[str, list[float]]:
+    """Seconds of every run but the first, which warms the caches of both."""
+    commands = {"cp": ["sh", "-c", f"cp -r '{source}' '{work / 'out'}' && sync '{work / 'out'}'/*"]}
+    for name, flags in KINDS.items():
+        commands[name] = [sys.executable, "-m", "qwen2tool", "convert", str(source), str(work / "out"), *flags]
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for run in range(runs + 1):
+        for name, command in commands.items():
+            subprocess.run(["sync"], check=True)
+            start = time.perf_counter()
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            if run:
+                seconds[name].append(time.perf_counter() - start)
+            shutil.rmtree(work / "out")
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

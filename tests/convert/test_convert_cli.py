@@ -1,0 +1,71 @@
+"""`qwen2tool convert` as a user meets it: a table, JSON, exit codes, one line of error."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qwen2tool.commands.convert import _bytes
+from qwen2tool.errors import UserError
+from tests.checkpoint.edits import drop
+from tests.cli_runner import run
+from tests.convert.common import hashes
+
+
+def test_there_and_back(base_folder, tmp_path):
+    there = run("convert", base_folder, tmp_path / "llama", "--to", "llama")
+    assert there.code == 0 and "39 copied, 3 zeros" in there.out and "tokenizer.json" in there.out
+    back = run("convert", tmp_path / "llama", tmp_path / "back", "--max-shard-size", "100kB", "--json")
+    found = json.loads(back.out)
+    assert back.code == 0 and found["read_as"] == "Llama layout" and found["tensors"] == {"copied": 39}
+    assert found["damage"] is None and found["biases"] is None and found["seconds"] > 0
+    assert hashes(tmp_path / "back") == hashes(base_folder)
+
+
+def test_exit_codes(base_copy, base_folder, tmp_path):
+    """1: something is wrong with the checkpoint; 2: it cannot be done as asked."""
+    drop(base_copy, "model.layers.0.self_attn.q_proj.bias")
+    damaged = run("convert", base_copy, tmp_path / "out", "--to", "llama")
+    assert damaged.code == 1 and "1 of 9 q/k/v biases are missing" in damaged.error and "--biases-from" in damaged.error
+    healed = run("convert", base_copy, tmp_path / "out", "--biases-from", base_folder)
+    assert healed.code == 0 and "1 from base; of the other 38 tensors 38 are its own byte for byte" in healed.out
+    assert run("convert", base_folder, tmp_path / "out").code == 2, "exists"
+    assert run("convert", base_folder, tmp_path / "out", "--overwrite").code == 0
+    lossy = run("convert", base_folder, tmp_path / "half", "--dtype", "float16")
+    assert lossy.code == 2 and "--allow-lossy" in lossy.error and not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--to", "mistral"), "--to is 'mistral'"),
+        (("--dtype", "int8"), "--dtype is 'int8'"),
+        (("--gguf-type", "q4_k"), "--gguf-type is 'q4_k'"),
+        (("--max-shard-size", "many"), "--max-shard-size is 'many'"),
+        (("--drop-biases",), "--drop-biases"),
+    ],
+)
+def test_wrong_flags_are_named(base_folder, tmp_path, flags, words):
+    outcome = run("convert", base_folder, tmp_path / "out", *flags)
+    assert outcome.code == 2 and words in outcome.error and not (tmp_path / "out").exists()
+
+
+def test_a_loss_stands_in_the_table(base_folder, tmp_path):
+    lossy = run("convert", base_folder, tmp_path / "out", "--to", "llama", "--drop-biases", "--allow-lossy")
+    assert lossy.code == 0 and "LOST" in lossy.out and "mean KLD" in lossy.out
+    packed = run("convert", base_folder, tmp_path / "nf4", "--to", "nf4")
+    assert "21 tensors rounded to NF4" in packed.out and "18 other tensors exact" in packed.out
+    back = run("convert", tmp_path / "nf4", tmp_path / "back")
+    assert back.code == 0 and "do not come back" in back.err
+
+
+@pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("100kB", 100_000), ("7", 7)])
+def test_sizes(text, count):
+    assert _bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "0.1", "5 PB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="--max-shard-size"):
+        _bytes(text)

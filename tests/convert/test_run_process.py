@@ -1,0 +1,57 @@
+"""What only a process of its own shows: memory that does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+WIDE = """
+import json, sys
+from pathlib import Path
+import torch
+from qwen2tool.checkpoint.folder import open_checkpoint
+from qwen2tool.checkpoint.geometry import expected_tensors, geometry
+from qwen2tool.checkpoint.reader import read_tensor
+from qwen2tool.checkpoint.writer import Slot, write_safetensors
+from qwen2tool.console import resident_peak as peak
+from qwen2tool.convert.run import Options, convert
+
+torch.set_num_threads(1)
+folder, small = map(Path, sys.argv[1:])
+base = folder / "base"
+base.mkdir()
+config = {"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 1,
+          "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 512, "torch_dtype": "bfloat16"}
+(base / "config.json").write_text(json.dumps(config))
+piece = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16().view(torch.uint8)
+piece = piece.numpy().tobytes()
+
+def fill(slot, handle):
+    for start in range(0, slot.nbytes, len(piece)):
+        handle.write(piece[: slot.nbytes - start])
+
+slots = [Slot(name=name, dtype="BF16", shape=shape) for name, shape in expected_tensors(geometry(config)).items()]
+write_safetensors(base / "model.safetensors", slots, fill)
+for n, options in enumerate((Options(to="llama"), Options(dtype="float32"))):
+    convert(small, folder / f"warm{n}", options)
+before = peak()
+convert(base, folder / "llama", Options(to="llama"))
+copied = peak()
+report = convert(base, folder / "wide", Options(dtype="float32"))
+cast = peak()
+whole = [read_tensor(info) for info in open_checkpoint(base).tensors.values()]
+print(json.dumps({"size": sum(s.nbytes for s in slots), "copied": copied - before, "cast": cast - before,
+                  "whole": peak() - before, "reported": report.peak_memory == cast}))
+"""
+
+
+def test_peak_memory_is_a_few_blocks(base_folder, tmp_path: Path):
+    """224 MB, 67 MB the largest matrix: neither a copy nor a cast holds one."""
+    command = [sys.executable, "-c", WIDE, str(tmp_path), str(base_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["size"] > 200e6 and found["reported"]
+    assert found["copied"] < 50e6 and found["cast"] < 120e6 < 200e6 < found["whole"], found
