@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen2tool.checkpoint.folder import Checkpoint
-from qwen2tool.checkpoint.geometry import Geometry
-from qwen2tool.checkpoint.header import TensorInfo
+from qwen2tool.checkpoint.geometry import Geometry, expected_tensors
+from qwen2tool.checkpoint.view import AnyTensor, View
 
 SAME_FUNCTION = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -26,7 +25,7 @@ BUFFER = "rotary_emb.inv_freq"
 class InventoryComparison:
     """Names on one side only, shapes that differ, and config fields that differ (name -> (reference, candidate)).
 
-    `reference_biases` and `candidate_biases` count the bias tensors in the files.
+    `reference_biases` and `candidate_biases` count the bias tensors of the two views.
     """
 
     missing: tuple[str, ...]
@@ -41,15 +40,15 @@ class InventoryComparison:
         return not (self.missing or self.extra or self.misshapen or self.config)
 
 
-def used_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Name -> the tensor that a model loaded from `checkpoint` uses under it; a tied head is its table."""
-    used = {name: info for name, info in checkpoint.tensors.items() if not name.endswith(BUFFER)}
-    if HEAD not in used and TABLE in used and checkpoint.geometry.tie_word_embeddings:
+def used_tensors(view: View) -> dict[str, AnyTensor]:
+    """Name -> the tensor that a model loaded from `view` uses under it; a tied head is its table."""
+    used = {name: tensor for name, tensor in view.tensors.items() if not name.endswith(BUFFER)}
+    if HEAD not in used and TABLE in used and view.geometry.tie_word_embeddings:
         used[HEAD] = used[TABLE]
     return used
 
 
-def compare_inventories(reference: Checkpoint, candidate: Checkpoint) -> InventoryComparison:
+def compare_inventories(reference: View, candidate: View) -> InventoryComparison:
     """Compares names, shapes and the config fields that change the function."""
     mine, theirs = used_tensors(reference), used_tensors(candidate)
     return InventoryComparison(
@@ -62,21 +61,32 @@ def compare_inventories(reference: Checkpoint, candidate: Checkpoint) -> Invento
     )
 
 
-def _count_biases(checkpoint: Checkpoint) -> int:
-    return sum(name.endswith(".bias") for name in checkpoint.tensors)
+def cannot_run(view: View) -> str | None:
+    """Why no model can be made of `view`; missing biases are no reason, transformers has zeros for them."""
+    used = used_tensors(view)
+    for name, shape in expected_tensors(view.geometry).items():
+        if name not in used and not name.endswith(".bias"):
+            return f"the candidate has no {name}"
+        if name in used and used[name].shape != shape:
+            return f"the candidate's {name} does not have the shape that its config.json asks for"
+    return None
 
 
-def _config_differences(reference: Checkpoint, candidate: Checkpoint) -> dict[str, tuple[object, object]]:
+def _count_biases(view: View) -> int:
+    return sum(name.endswith(".bias") for name in view.tensors)
+
+
+def _config_differences(reference: View, candidate: View) -> dict[str, tuple[object, object]]:
     mine, theirs = _function(reference), _function(candidate)
     return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
-def _function(checkpoint: Checkpoint) -> dict[str, object]:
+def _function(view: View) -> dict[str, object]:
     """What config.json contributes to the function; a field that takes no part in it is None."""
-    shape: Geometry = checkpoint.geometry
+    shape: Geometry = view.geometry
     fields = {name: getattr(shape, name) for name in SAME_FUNCTION}
     fields["sliding_window"] = shape.sliding_window if shape.sliding_layers else None
     # YaRN and its kin derive their factors from it where rope_scaling names no length of its own.
     fields["max_position_embeddings"] = shape.max_position_embeddings if shape.rope_scaling else None
-    fields["hidden_act"] = checkpoint.config.get("hidden_act", "silu")
+    fields["hidden_act"] = view.config.get("hidden_act", "silu")
     return fields

@@ -1,124 +1,92 @@
-"""Third stage: both models on the same tokens, in fp32, one model in memory at a time.
+"""Fourth level: the head over the last hidden states of all runs, in blocks of the vocabulary and of the text.
 
-Of each model only the final hidden states at scored positions and its head are kept; logits are formed for two models
-at a time, a few rows at once, so that 151,936 columns never stand for more than a chunk.
+A block is at most `BLOCK_ROWS` rows of the head and `BLOCK_TOKENS` tokens, so that neither the head (72B: 5 GB in fp32)
+nor the logits (4,096 tokens x 152,064: 5 GB in float64) ever stand whole; `statistics.Divergence` puts blocks together.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 
-from qwen2tool.checkpoint.adapter import Adapter
-from qwen2tool.checkpoint.folder import Checkpoint
-from qwen2tool.checkpoint.inventory import take_inventory
-from qwen2tool.checkpoint.load import Dtype, load_model, quiet_transformers, require_same_biases
+from qwen2tool.checkpoint.load import quiet_transformers
+from qwen2tool.checkpoint.view import read
 from qwen2tool.console import progress
-from qwen2tool.data.samples import Sample
-from qwen2tool.routing.attention import safe_attention
-from qwen2tool.verify.statistics import LogitFigures, concatenate, summarise, token_figures
+from qwen2tool.verify.inventory import HEAD, used_tensors
+from qwen2tool.verify.sides import LowRank, Side
+from qwen2tool.verify.statistics import Divergence, LogitFigures, concatenate, summarise
+from qwen2tool.verify.stream import Matrix, Rows, Text
 
-CHUNK_ROWS = 64
-"""64 x 151,936 in float64 is 78 MB; five such arrays live at once."""
+BLOCK_ROWS, BLOCK_TOKENS = 8192, 256
+"""2 M logits: 17 MB in float64, of which five live at once."""
+NORM = "model.norm.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """What predicts: hidden states (N, H) on the CPU in the run's dtype, and the head's module (PEFT's, if adapted)."""
+class LastStates:
+    """What a run predicts from: its hidden states behind the last layer, whose they are, and the dtype it runs in."""
 
-    states: torch.Tensor
-    head: torch.nn.Module
-
-    @torch.no_grad()
-    def logits(self, rows: slice) -> torch.Tensor:
-        """(rows, V) in fp32, on the head's device."""
-        device = next(self.head.parameters()).device
-        logits: torch.Tensor = self.head(self.states[rows].to(device))
-        return logits.float()
+    side: Side
+    rows: Rows
+    dtype: torch.dtype
 
 
-def predict(
-    checkpoint: Checkpoint,
-    samples: Sequence[Sample],
-    *,
-    adapter: Adapter | None = None,
-    dtype: Dtype = "float32",
-    device: str,
-    nf4: bool = False,
-    attention: Literal["sdpa", "eager"] = "sdpa",
-    label: str,
-) -> Predictions:
-    """Runs one model over `samples`; with `adapter`, through PEFT's own layers, which share no code with our merge."""
-    model: Any = load_model(checkpoint, dtype=dtype, device=device, nf4=nf4, attention=attention)
-    if adapter is not None:
-        from peft import PeftModel
-
-        with quiet_transformers():
-            model = PeftModel.from_pretrained(model, adapter.path).eval().get_base_model()
-    predictions = _run(model, samples, device, label)
-    del model
-    if nf4:
-        gc.collect()  # bitsandbytes' layers refer to themselves; the next model needs the room
-    return predictions
+def compare_logits(reference: LastStates, others: list[LastStates], text: Text, device: str) -> list[LogitFigures]:
+    """Figures of each of `others` against `reference` over all scored tokens; all have one vocabulary."""
+    runs = [reference, *others]
+    states = [_normed(run, text, device) for run in runs]
+    heads = {id(run.side): _Head(run.side, device) for run in runs}
+    chunks = [slice(start, start + BLOCK_TOKENS) for start in range(0, len(text.targets), BLOCK_TOKENS)]
+    parts = [Divergence(text.targets[chunk].to(device), len(others)) for chunk in chunks]
+    height = next(iter(heads.values())).height
+    with torch.no_grad(), progress("comparing logits", height) as advance:
+        for first in range(0, height, BLOCK_ROWS):
+            block = slice(first, min(first + BLOCK_ROWS, height))
+            for head in heads.values():
+                head.turn_to(block)
+            for part, chunk in zip(parts, chunks, strict=True):
+                logits = [heads[id(r.side)].logits(s[chunk], r.dtype) for r, s in zip(runs, states, strict=True)]
+                part.add(first, logits[0], logits[1:])
+            advance(block.stop - first)
+    finished = [part.finish() for part in parts]
+    return [summarise(concatenate([part[number] for part in finished])) for number in range(len(others))]
 
 
-def predict_candidate(checkpoint: Checkpoint, samples: Sequence[Sample], device: str, label: str) -> Predictions:
-    """Runs a candidate in fp32, whole or not."""
-    found = take_inventory(checkpoint)
-    if found.missing or found.extra:
-        return _run(_load_damaged(checkpoint, found.missing_biases, device), samples, device, label)
-    return predict(checkpoint, samples, device=device, label=label)
+def _normed(run: LastStates, text: Text, device: str) -> torch.Tensor:
+    """(N, H) behind the last norm where a token is scored, in the run's dtype."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    shape = run.side.view.geometry
+    with quiet_transformers(), torch.no_grad():
+        norm = Qwen2RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        norm.weight.data = read(run.side.view.tensors[NORM]).to(device, run.dtype)
+        chunks = torch.split(text.rows, BLOCK_TOKENS)
+        return torch.cat([norm(run.rows.pick(chunk).to(device, run.dtype)) for chunk in chunks])
 
 
-def _load_damaged(checkpoint: Checkpoint, missing_biases: Sequence[str], device: str) -> Any:
-    """A model as transformers makes it of a checkpoint without some biases: zeros in their place.
+class _Head:
+    """One side's head, a block of its rows at a time, in each dtype that asks for it."""
 
-    `load_model` refuses such a checkpoint, rightly; here the damage is what is being measured. The zeros are written
-    once more, so that the figures do not hang on how transformers starts a bias.
+    def __init__(self, side: Side, device: str) -> None:
+        self._matrix, self._device = Matrix(used_tensors(side.view)[HEAD]), device
+        self._low_rank = side.low_rank("lm_head", device)
+        self._blocks: dict[torch.dtype, torch.Tensor] = {}
+        self._parts: list[LowRank] = []
 
-    Raises:
-        UserError: a bias that is in the files did not arrive in the model.
-    """
-    from transformers import Qwen2ForCausalLM
+    @property
+    def height(self) -> int:
+        return self._matrix.height
 
-    with quiet_transformers():
-        model = Qwen2ForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, device_map={"": device}).eval()
-    parameters = dict(model.named_parameters())
-    for name in missing_biases:
-        parameters[name].data.zero_()
-    require_same_biases(checkpoint, model, torch.float32)
-    return model
+    def turn_to(self, rows: slice) -> None:
+        self._blocks = {torch.float32: self._matrix.block(rows).to(self._device, torch.float32)}
+        self._parts = [LowRank(a=part.a, b=part.b[rows], scaling=part.scaling) for part in self._low_rank]
 
-
-def _run(model: Any, samples: Sequence[Sample], device: str, label: str) -> Predictions:
-    states = []
-    tokens = sum(len(sample.ids) for sample in samples)
-    with torch.no_grad(), safe_attention(), progress(label, tokens) as advance:
-        for sample in samples:
-            hidden = model.model(input_ids=torch.tensor([sample.ids], device=device), use_cache=False)[0][0]  # (T, H)
-            states.append(hidden[torch.tensor(sample.scored[1:], device=device).nonzero()[:, 0]].cpu())
-            advance(len(sample.ids))
-    return Predictions(states=torch.cat(states), head=model.get_output_embeddings())
-
-
-def targets_of(samples: Sequence[Sample]) -> torch.Tensor:
-    """The scored tokens, (N,), in the order of `Predictions.states`."""
-    picked = [[t for t, counts in zip(s.ids[1:], s.scored[1:], strict=True) if counts] for s in samples]
-    return torch.tensor([token for row in picked for token in row])
-
-
-def compare(reference: Predictions, candidate: Predictions, targets: torch.Tensor) -> LogitFigures:
-    """Figures of `candidate` against `reference` over all scored tokens; both have one vocabulary."""
-    parts = []
-    with progress("comparing logits", len(targets)) as advance:
-        for start in range(0, len(targets), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            mine, theirs = reference.logits(rows), candidate.logits(rows)
-            chunk = targets[rows].to(mine.device)
-            parts.append(token_figures(mine, theirs.to(mine.device), chunk))
-            advance(len(chunk))
-    return summarise(concatenate(parts))
+    def logits(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(n, rows of the block), rounded to `dtype` as transformers' are."""
+        if dtype not in self._blocks:
+            self._blocks[dtype] = self._blocks[torch.float32].to(dtype)
+        logits = torch.nn.functional.linear(states, self._blocks[dtype])
+        for part in self._parts:
+            logits = logits + part(states)
+        return logits.to(dtype)

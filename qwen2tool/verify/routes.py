@@ -31,6 +31,7 @@ from qwen2tool.routing.attention import safe_attention
 from qwen2tool.routing.examine import NotFused, examine_stack
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.stack import RoutedStack
+from qwen2tool.verify.gradients import relative_error
 from qwen2tool.verify.route_report import WHOLE, Errors, LayerReport, RouteReport, decide_routes
 from qwen2tool.verify.run import environment, first_samples, require_reference
 from qwen2tool.verify.single import SEED, dequantise, embed, layer_pairs, load_layer, put_lora, random_pairs
@@ -219,15 +220,6 @@ def _pass(run: Run, x: torch.Tensor, parameters: Mapping[str, torch.Tensor], dy:
         found = torch.autograd.grad(y, leaves, dy.to(y.dtype), allow_unused=True)
     gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
     return dict(zip((*WHOLE, *parameters), [y.detach(), *gradients], strict=True))
-
-
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """||found - truth|| / ||truth|| in fp64; infinite where `found` is not finite, or is not zero where truth is."""
-    difference = (found.double() - truth.double()).norm().item()
-    if difference != difference:
-        return float("inf")
-    size = truth.double().norm().item()
-    return difference / size if size else float("inf") if difference else 0.0
 
 
 def _notes(adapter: Adapter | None) -> list[str]:

@@ -1,32 +1,42 @@
-"""`verify`: the three stages in order; later ones run even where an earlier one found a fault, to say what it costs."""
+"""`verify`: the levels in order; later ones run even where an earlier one found a fault, to say what it costs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
-from qwen2tool.checkpoint.adapter import Adapter, fingerprint, open_adapter, require_fit
-from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint
+from qwen2tool.checkpoint.adapter import fingerprint
+from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import rope_disagreement
-from qwen2tool.checkpoint.inventory import require_whole, take_inventory
+from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import Dtype
+from qwen2tool.checkpoint.view import View
+from qwen2tool.console import progress
 from qwen2tool.data.samples import Sample
 from qwen2tool.errors import UserError
 from qwen2tool.verify.biases import describe_biases
-from qwen2tool.verify.inventory import InventoryComparison, compare_inventories
-from qwen2tool.verify.logits import Predictions, compare, predict, predict_candidate, targets_of
-from qwen2tool.verify.report import Report
+from qwen2tool.verify.diagnose import Diagnosis, diagnose
+from qwen2tool.verify.inventory import InventoryComparison, cannot_run, compare_inventories
+from qwen2tool.verify.layer_figures import LayerFigures
+from qwen2tool.verify.layers import LayerComparison, Setting, same_layers
+from qwen2tool.verify.logits import LastStates, compare_logits
+from qwen2tool.verify.report import Report, largest
+from qwen2tool.verify.sides import Base, Sides, open_sides
 from qwen2tool.verify.statistics import LogitFigures
-from qwen2tool.verify.tensors import compare_tensors
+from qwen2tool.verify.stream import Store, text_of
+from qwen2tool.verify.tensors import TensorComparison, compare_tensors
 from qwen2tool.verify.verdict import decide
+from qwen2tool.verify.work import Work, stamp
 
 COARSENESS: dict[str, Dtype] = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """safetensors' dtypes from the finest to the coarsest, with the dtype that a model of them runs in."""
+Names = str | Path | Sequence[str | Path] | None
 
 
 def verify(
@@ -34,102 +44,155 @@ def verify(
     candidate: Path | str,
     samples: Sequence[Sample],
     *,
-    adapter: Path | None = None,
-    adapter_on: Literal["16bit", "nf4"] = "16bit",
+    adapter: Names = None,
+    adapter_on: Base = "16bit",
+    candidate_adapter: Names = None,
     device: str = "cpu",
     dtype: Dtype | None = None,
     max_tokens: int = 4096,
+    gradients: bool = False,
+    tolerance: float | None = None,
+    work: Path | None = None,
+    generate: int = 0,
+    tasks: Sequence[str] = (),
+    tokenizer: Any = None,
 ) -> Report:
-    """Compares `candidate` with `reference`, or with `reference` + `adapter`.
+    """Compares `candidate` with `reference`, or with `reference` + adapters.
 
     Args:
+        reference, candidate: folders, files or Hub ids of anything that holds a Qwen2; an adapter's folder is its base
+            with the adapter.
         samples: text to compare on; taken from the start until `max_tokens` are reached, the last one cut.
-        adapter_on: with an adapter, what carries it: the 16-bit base, or that base in NF4 (the function QLoRA trained).
+        adapter: one or several on the reference, in order.
+        adapter_on: what carries them: the base as it is, or that base in NF4 (the function QLoRA trained).
+        candidate_adapter: one or several on the candidate.
         device: "cpu" or "cuda".
         dtype: in which the model is meant to run: the reference's rounding noise in it is the floor. None: the coarser
             of what the two are stored in. The comparison itself is in fp32.
+        gradients: compare those of LoRA and of each layer's input too.
+        tolerance: a mean KLD that is allowed, instead of the noise.
+        work: a folder in which a killed run is taken up again.
+        generate: tokens of greedy continuations to compare; whole models are in memory then, one at a time.
+        tasks: of lm-eval, on which to score both; the same holds.
+        tokenizer: to show continuations as text.
 
     Raises:
-        UserError: a reference that is not a whole Qwen2, an adapter that does not fit, a damaged file, a quantised
-            checkpoint or another architecture on either side, a token id beyond the reference's vocabulary.
+        UserError: a reference that is not a whole Qwen2, an adapter that does not fit, a damaged file, a format that is
+            not read or another architecture on either side, a token id beyond the reference's vocabulary.
     """
     start = time.perf_counter()
-    mine, theirs = open_checkpoint(reference), open_checkpoint(candidate)
-    _require_comparable(mine, theirs)
-    opened = _open_adapter(adapter, adapter_on, mine)
-    chosen = first_samples(samples, max_tokens, mine)
-    inventory = compare_inventories(mine, theirs)
-    tensors = compare_tensors(mine, theirs, opened)
-    biases = describe_biases(inventory.missing, tensors, mine.geometry.num_hidden_layers)
-    figures = floor = None
-    floor_of = ""
-    hindrance = _cannot_run(inventory, theirs, chosen)
-    if hindrance is None:
-        running = dtype or _coarser(mine, theirs)
-        figures, floor, floor_of = _compare_logits(mine, theirs, opened, adapter_on == "nf4", chosen, device, running)
-    verdict, reason = decide(inventory, tensors, biases, figures, floor, hindrance)
+    adapters = _listed(adapter)
+    sides = open_sides(
+        reference,
+        candidate,
+        adapters=adapters,
+        adapter_on=adapter_on,
+        candidate_adapters=_listed(candidate_adapter),
+    )
+    chosen = first_samples(samples, max_tokens, sides.stored)
+    running = dtype or _coarser(sides.stored, sides.candidate.view)
+    kept = Work(work, _key(sides, chosen, adapter_on, device, running, gradients) if work else {})
+    found = _measure(sides, chosen, Setting(device=device, dtype=running, gradients=gradients), adapter_on, kept)
+    generations, scores = None, None
+    if found.hindrance is None:
+        generations = _generations(sides, chosen, generate, device, running, tokenizer) if generate else None
+        scores = _scores(sides, tasks, device, running) if tasks else None
+    kept.finish()
+    verdict, reason = decide(
+        found.inventory,
+        found.tensors,
+        found.biases,
+        found.figures,
+        largest(found.floors),
+        found.hindrance,
+        tolerance=tolerance,
+        layers=found.layers,
+        dtype=running,
+    )
     return Report(
         reference=str(reference),
         candidate=str(candidate),
-        adapter=str(adapter) if adapter else None,
-        adapter_on=adapter_on if adapter else None,
+        adapters=tuple(map(str, adapters)),
+        adapter_on=adapter_on if sides.reference.adapters else None,
+        kinds=(sides.reference.view.kind, sides.candidate.view.kind),
         verdict=verdict,
         reason=reason,
-        inventory=inventory,
-        tensors=tensors,
-        biases=biases,
-        figures=figures,
-        floor=floor,
-        floor_of=floor_of,
-        notes=tuple(_notes(mine, theirs, opened, adapter_on, inventory, hindrance)),
+        diagnoses=_diagnose(sides, found),
+        inventory=found.inventory,
+        tensors=found.tensors,
+        biases=found.biases,
+        dtype=running,
+        layers=found.layers,
+        figures=found.figures,
+        floors=found.floors,
+        tolerance=tolerance,
+        notes=tuple(_notes(sides, adapter_on, found)),
         environment=environment(device),
         seconds=time.perf_counter() - start,
+        generations=generations,
+        tasks=scores,
     )
 
 
-def _require_comparable(reference: Checkpoint, candidate: Checkpoint) -> None:
-    """Passes a whole reference and a candidate of its kind."""
-    for side in (reference, candidate):
-        _require_plain(side)
-    require_reference(reference)
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What the levels found; `hindrance` says why the functions were not compared."""
+
+    inventory: InventoryComparison
+    tensors: list[TensorComparison]
+    biases: list[str]
+    hindrance: str | None
+    figures: LogitFigures | None
+    floors: dict[str, LogitFigures]
+    layers: list[LayerFigures]
 
 
-def _require_plain(side: Checkpoint) -> None:
-    if side.geometry.model_type != "qwen2":
-        raise UserError(f"{side.path}: model_type is {side.geometry.model_type!r}, not 'qwen2'", "Convert it first")
-    if side.geometry.quantization is not None:
-        raise UserError(f"{side.path}: is quantised", "Compare the 16- or 32-bit checkpoint")
-    for name, info in side.tensors.items():
-        if info.dtype not in COARSENESS:
-            raise UserError(f"{side.path}: {name} is {info.dtype}", "Compare the 16- or 32-bit checkpoint")
+def _measure(sides: Sides, samples: Sequence[Sample], setting: Setting, adapter_on: str, kept: Work) -> _Measured:
+    inventory = compare_inventories(sides.stored, sides.candidate.view)
+    tensors = _compare_tensors(sides, kept)
+    figures: LogitFigures | None = None
+    floors: dict[str, LogitFigures] = {}
+    layers: list[LayerFigures] = []
+    hindrance = _hindrance(sides, inventory, samples)
+    if hindrance is None:
+        same = frozenset() if adapter_on == "nf4" or inventory.config else _same_layers(inventory, tensors)
+        figures, floors, layers = _compare_functions(sides, samples, replace(setting, identical=same), kept)
+    return _Measured(
+        inventory=inventory,
+        tensors=tensors,
+        biases=describe_biases(inventory.missing, tensors, sides.stored.geometry.num_hidden_layers),
+        hindrance=hindrance,
+        figures=figures,
+        floors=floors,
+        layers=layers,
+    )
+
+
+def _listed(names: Names) -> list[str | Path]:
+    if names is None:
+        return []
+    return [names] if isinstance(names, str | Path) else list(names)
 
 
 def require_reference(reference: Checkpoint) -> None:
-    """Passes a whole Qwen2 in 16 or 32 bit.
+    """Passes a whole Qwen2 in 16 or 32 bit, as its files are.
 
     Raises:
         UserError: with exit code 2 also where something is missing: code 1 says that the other side differs, which
             nobody can know then.
     """
-    _require_plain(reference)
+    if reference.geometry.quantization is not None:
+        raise UserError(f"{reference.path}: is quantised", "Use the 16- or 32-bit checkpoint")
+    for name, info in reference.tensors.items():
+        if info.dtype not in COARSENESS:
+            raise UserError(f"{reference.path}: {name} is {info.dtype}", "Use the 16- or 32-bit checkpoint")
     try:
         require_whole(reference)
     except UserError as error:
         raise UserError(f"the reference is not whole: {error.what}", error.fix) from None
 
 
-def _open_adapter(path: Path | None, adapter_on: str, base: Checkpoint) -> Adapter | None:
-    if path is None:
-        if adapter_on == "nf4":
-            raise UserError("--adapter-on is nf4, but there is no --adapter", "Name the adapter, or leave it out")
-        return None
-    adapter = open_adapter(path)
-    # Another base than the trained one is a note: a merge onto it was asked for by name, and has to be judged as it is.
-    require_fit(adapter, base, allow_other_base=True)
-    return adapter
-
-
-def first_samples(samples: Sequence[Sample], max_tokens: int, reference: Checkpoint) -> list[Sample]:
+def first_samples(samples: Sequence[Sample], max_tokens: int, reference: Checkpoint | View) -> list[Sample]:
     """The samples that `max_tokens` leave room for, the last one cut, without those that score nothing.
 
     Raises:
@@ -139,10 +202,10 @@ def first_samples(samples: Sequence[Sample], max_tokens: int, reference: Checkpo
     room = max_tokens
     for sample in samples:
         kept = sample.shortened(room)
-        largest, known = max(kept.ids, default=0), reference.geometry.vocab_size
-        if largest >= known:
+        largest_id, known = max(kept.ids, default=0), reference.geometry.vocab_size
+        if largest_id >= known:
             raise UserError(
-                f"record {sample.record}: token id {largest}, {reference.path} knows {known}",
+                f"record {sample.record}: token id {largest_id}, {reference.path} knows {known}",
                 "Tokenise the text with the reference's own tokenizer",
             )
         if any(kept.scored[1:]):
@@ -153,73 +216,129 @@ def first_samples(samples: Sequence[Sample], max_tokens: int, reference: Checkpo
     return chosen
 
 
-def _cannot_run(inventory: InventoryComparison, candidate: Checkpoint, samples: Sequence[Sample]) -> str | None:
-    """Why the logits cannot be compared; missing biases are no reason, transformers has zeros for them."""
-    found = take_inventory(candidate)
-    lost = [name for name in found.missing if name not in found.missing_biases]
-    if lost:
-        return f"the candidate has no {lost[0]}"
-    if found.misshapen:
-        return f"the candidate's {next(iter(found.misshapen))} does not have the shape that its config.json asks for"
+def _key(
+    sides: Sides, samples: Sequence[Sample], adapter_on: str, device: str, dtype: str, gradients: bool
+) -> dict[str, Any]:
+    """What a work folder holds for: sources, text, settings and versions."""
+    origins = [sides.stored.origin, sides.candidate.view.origin]
+    files = [file for origin in origins for file in (*origin.shards, origin.path / "config.json")]
+    sources = {
+        s.file for view in (sides.candidate.view,) for t in view.tensors.values() for s in getattr(t, "sources", ())
+    }
+    files += sorted(sources - set(files))
+    files += [file for adapter in sides.reference.adapters for file in sorted(adapter.path.iterdir())]
+    return {
+        "files": stamp(files),
+        "text": [(sample.ids, sample.scored) for sample in samples],
+        "settings": [adapter_on, device, dtype, gradients],
+        "environment": environment(device),
+    }
+
+
+def _hindrance(sides: Sides, inventory: InventoryComparison, samples: Sequence[Sample]) -> str | None:
+    """Why the functions cannot be compared."""
+    if (why := cannot_run(sides.candidate.view)) is not None:
+        return why
     if "vocab_size" in inventory.config:
         return "the two have different vocabularies"
     return None if samples else "nothing in the text is scored"
 
 
-def _compare_logits(
-    mine: Checkpoint,
-    theirs: Checkpoint,
-    adapter: Adapter | None,
-    nf4: bool,
-    samples: Sequence[Sample],
-    device: str,
-    running: Dtype,
-) -> tuple[LogitFigures, LogitFigures, str]:
-    """(candidate's figures, floor's figures, what the floor is); one model in memory at a time."""
-
-    def reference(dtype: Dtype, attention: Literal["sdpa", "eager"], label: str) -> Predictions:
-        return predict(
-            mine, samples, adapter=adapter, dtype=dtype, device=device, nf4=nf4, attention=attention, label=label
-        )
-
-    targets = targets_of(samples)
-    truth = reference("float32", "sdpa", "reference, float32")
-    if running == "float32":  # no rounding to measure: another order of the same sums
-        noisy, floor_of = reference("float32", "eager", "reference, float32 eager"), "eager against sdpa, float32"
-    else:  # sdpa: 16-bit eager attention rounds its scores, which real k biases make large
-        noisy, floor_of = reference(running, "sdpa", f"reference, {running}"), f"{running} against float32"
-    floor = compare(truth, noisy, targets)
-    del noisy
-    figures = compare(truth, predict_candidate(theirs, samples, device, "candidate, float32"), targets)
-    return figures, floor, floor_of
+def _compare_tensors(sides: Sides, kept: Work) -> list[TensorComparison]:
+    if (done := kept.get("tensors")) is not None:
+        return [TensorComparison(**values) for values in done]
+    found = compare_tensors(sides.stored, sides.candidate.view, sides.reference.update)
+    kept.put("tensors", [asdict(comparison) for comparison in found])
+    return found
 
 
-def _coarser(*checkpoints: Checkpoint) -> Dtype:
+def _same_layers(inventory: InventoryComparison, tensors: Sequence[TensorComparison]) -> frozenset[int]:
+    names = [*inventory.missing, *inventory.extra, *inventory.misshapen, *(t.name for t in tensors)]
+    return same_layers(names, [t.name for t in tensors if t.kind == "identical"])
+
+
+def _compare_functions(
+    sides: Sides, samples: Sequence[Sample], setting: Setting, kept: Work
+) -> tuple[LogitFigures, dict[str, LogitFigures], list[LayerFigures]]:
+    """(candidate's figures, the floor's by run, layers)."""
+    text, store = text_of(samples), Store(kept.rows)
+    try:
+        comparison = LayerComparison(sides.reference, sides.candidate, text, setting, store)
+        layers = _through_layers(comparison, kept)
+        last = {
+            stream.name: LastStates(side=sides.reference, rows=stream.now, dtype=stream.dtype)
+            for stream in (comparison.truth, *comparison.noise)
+        }
+        other = LastStates(side=sides.candidate, rows=comparison.other.now, dtype=torch.float32)
+        truth, *noise = last.values()
+        *floors, figures = compare_logits(truth, [*noise, other], text, setting.device)
+    finally:
+        store.close()
+    return figures, {run.name: f for run, f in zip(setting.noise, floors, strict=True)}, layers
+
+
+def _through_layers(comparison: LayerComparison, kept: Work) -> list[LayerFigures]:
+    """All layers, from where the work folder leaves off; after each, its figures and the streams' state are kept."""
+    done = kept.get("layers") or {"figures": [], "state": None}
+    layers = [LayerFigures(**values) for values in done["figures"]]
+    if done["state"] is None:
+        comparison.embed()
+    else:
+        comparison.resume(done["state"])
+    with progress("comparing layers", comparison.passes) as advance:
+        advance(comparison.passes * len(layers) / comparison.depth)
+        for index in range(len(layers), comparison.depth):
+            layers.append(comparison.step(index, advance))
+            kept.put("layers", {"figures": [asdict(layer) for layer in layers], "state": comparison.state})
+    return layers
+
+
+def _diagnose(sides: Sides, found: _Measured) -> list[Diagnosis]:
+    adapters = sides.reference.adapters
+    return diagnose(sides.stored, sides.candidate.view, found.inventory, found.tensors, found.figures, adapters)
+
+
+def _generations(
+    sides: Sides, samples: Sequence[Sample], tokens: int, device: str, dtype: Dtype, tokenizer: Any
+) -> dict[str, Any]:
+    from qwen2tool.verify.behaviour import compare_generations
+
+    both = (sides.reference, sides.candidate)
+    return compare_generations(*both, samples, tokens, device=device, dtype=dtype, tokenizer=tokenizer).to_json()
+
+
+def _scores(sides: Sides, tasks: Sequence[str], device: str, dtype: Dtype) -> dict[str, Any]:
+    from qwen2tool.verify.tasks import compare_tasks
+
+    found = compare_tasks(sides.reference, sides.candidate, tasks, device=device, dtype=dtype)
+    return {"scores": [score.to_json() for score in found]}
+
+
+def _coarser(*views: View) -> Dtype:
     """The coarsest dtype of any matrix: what the function is stored in is what it is going to run in."""
     order = list(COARSENESS)
-    stored = {info.dtype for side in checkpoints for info in side.tensors.values() if len(info.shape) == 2}
+    stored = {t.dtype for view in views for t in view.tensors.values() if len(t.shape) == 2 and t.dtype in COARSENESS}
     return COARSENESS[max(stored, key=order.index)]
 
 
-def _notes(
-    mine: Checkpoint,
-    theirs: Checkpoint,
-    adapter: Adapter | None,
-    adapter_on: str,
-    inventory: InventoryComparison,
-    hindrance: str | None,
-) -> list[str]:
+def _notes(sides: Sides, adapter_on: str, found: _Measured) -> list[str]:
     """What a reader of the figures has to know beside them."""
-    notes = []
-    if hindrance is not None:
-        notes.append(f"logits not compared: {hindrance}")
-    elif any(name.endswith(".bias") for name in inventory.missing):
+    mine, theirs = sides.stored, sides.candidate.view
+    notes = [f"{view.path}: {view.lossy}" for view in (mine, theirs) if view.lossy]
+    if found.hindrance is not None:
+        notes.append(f"layers and logits not compared: {found.hindrance}")
+    elif any(name.endswith(".bias") for name in found.inventory.missing):
         notes.append("the candidate ran with zeros for its missing biases, exactly as transformers loads it")
-    if adapter and adapter.base_fingerprint not in (None, fingerprint(mine)):
-        notes.append(f"the adapter was trained on another base than {mine.path}")
-    if adapter and adapter_on == "nf4":
+    stored = None
+    for adapter in sides.reference.adapters:
+        stored = stored or fingerprint(mine.origin)
+        if adapter.base_fingerprint not in (None, stored):
+            notes.append(f"the adapter {adapter.path} was trained on another base than {mine.path}")
+    if theirs.origin.config.get("model_type") == "llama" and not theirs.origin.config.get("attention_bias"):
+        notes.append("the candidate's config.json says llama without attention_bias: readers drop its biases, if any")
+    if sides.reference.adapters and adapter_on == "nf4":
         notes.append("tensors are held against the 16-bit base + adapter, logits against the adapter on the NF4 base")
-    if (disagreement := rope_disagreement(theirs.config)) and not rope_disagreement(mine.config):
+    if (disagreement := rope_disagreement(theirs.origin.config)) and not rope_disagreement(mine.origin.config):
         notes.append(f"config.json of the candidate: {disagreement}")
     if mine.geometry.tie_word_embeddings != theirs.geometry.tie_word_embeddings:
         notes.append("tie_word_embeddings differs; the heads were compared by what they hold")

@@ -1,33 +1,44 @@
-"""The report for a reader: the verdict first, then what each stage saw; tables fit 100 columns."""
+"""The report for a reader: the verdict first, then what each level saw; tables fit 100 columns."""
 
 from __future__ import annotations
 
-from collections import Counter
-from math import isnan
-from statistics import fmean
+from collections.abc import Mapping
+from math import inf, isfinite, isnan
+from typing import Any
 
 from qwen2tool.console import console, format_number, print_table, remark, say
-from qwen2tool.verify.limits import NOISE_MULTIPLE
+from qwen2tool.verify.layer_figures import PARTS, LayerFigures
 from qwen2tool.verify.report import LISTED, Report
-from qwen2tool.verify.route_report import WHOLE, Errors, LayerReport, RouteReport
 from qwen2tool.verify.statistics import LogitFigures
 from qwen2tool.verify.tensors import count_kinds
 
 STYLE = {"equivalent": "bold green", "different": "bold red", "undecided": "bold yellow"}
-COLUMNS = ("", "mean KLD", "median", "99 %", "max", "same top", "PPL", "PPL ratio")
-GRADIENTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-ROUTE_COLUMNS = ("layer", "output", "input grad", "q_proj", "k_proj", "v_proj", "nearest its bar", "of bar")
+LOGITS = ("", "mean KLD", "median", "99 %", "max", "top-1", "top-5", "PPL")
+LAYERS = ("layer", *PARTS, "accumulated")
+BEYOND = "*"
+TINY = 1e-12
+MOST_LAYERS = 12
+"""Layers that are printed; JSON has all."""
 
 
 def print_report(report: Report) -> None:
-    """Verdict, inventory and tensors, logits, notes."""
+    """Verdict, diagnoses, inventory and tensors, layers, logits, notes."""
     console().print(f"{report.verdict}: {report.reason}", style=STYLE[report.verdict], markup=False)
+    for diagnosis in report.diagnoses:
+        say(f"diagnosis: {diagnosis.sentence}")
     _print_files(report)
-    if report.figures and report.floor:
+    if report.layers:
+        _print_layers(report)
+    if report.figures and report.floors:
+        _print_logits(report, report.figures)
+    if report.generations:
+        _print_generations(report.generations)
+    if report.tasks:
+        rows = [
+            (s["task"], s["metric"], s["reference"], s["candidate"], s["difference"]) for s in report.tasks["scores"]
+        ]
         say("")
-        ppl = format_number(report.figures.ppl_reference)
-        title = f"{report.figures.tokens} scored tokens, reference PPL {ppl}; noise: reference, {report.floor_of}"
-        print_table(title, COLUMNS, [_row("noise", report.floor), _row("candidate", report.figures)])
+        print_table("tasks", ("task", "metric", "reference", "candidate", "difference"), rows, numeric_from=2)
     for note in report.notes:
         remark(f"note: {note}")
 
@@ -46,6 +57,92 @@ def _print_files(report: Report) -> None:
         print_table("", ("differs most", "max abs", "relative error", "cosine"), rows)
 
 
+def _print_layers(report: Report) -> None:
+    """Own errors, part by part, beside the noise of a part; all layers, or those with the largest own errors."""
+    layers, first = report.layers, report.first_beyond
+    say("")
+    if not any(error for layer in layers for error in (*layer.own.values(), *layer.accumulated.values())):
+        say(f"layers: all {len(layers)} compute the same to the last bit")
+    else:
+        worst = sorted(layers, key=_badness, reverse=True)[:MOST_LAYERS]
+        of = "" if len(worst) == len(layers) else f", {len(worst)} of {len(layers)} layers"
+        title = f"errors of each layer on the reference's input{of}; {BEYOND} is beyond the {report.dtype} noise"
+        rows = [_layer_row(layer, report.dtype) for layer in sorted(worst, key=lambda layer: layer.index)]
+        print_table(title, LAYERS, [*rows, *_noise_rows(layers)])
+    if first is not None:
+        noise = f"its own noise is {_short(first.noise)}"
+        say(f"first beyond its noise: {first.part} of layer {first.layer}, {_short(first.error)}; {noise}")
+    if any(layer.gradients for layer in layers):
+        _print_gradients(report)
+
+
+def _badness(layer: LayerFigures) -> tuple[float, float]:
+    """By its own errors first, then by what came down to it."""
+    return max(layer.own.values(), default=inf), layer.accumulated.get("output", inf)
+
+
+def _layer_row(layer: LayerFigures, dtype: str) -> tuple[object, ...]:
+    beyond = {found.part for found in layer.beyond(dtype)}
+    own = [_short(layer.own.get(part)) + BEYOND * (part in beyond) for part in PARTS]
+    return (layer.index, *own, _short(layer.accumulated.get("output")))
+
+
+def _noise_rows(layers: list[LayerFigures]) -> list[tuple[object, ...]]:
+    """The least and the most noise of any layer, part by part."""
+    rows: list[tuple[object, ...]] = []
+    for label, pick in (("noise, least", min), ("noise, most", max)):
+        own = [
+            pick((e for layer in layers if (e := layer.own_noise.get(part)) is not None), default=None)
+            for part in PARTS
+        ]
+        grown = pick((run["output"] for layer in layers for run in layer.noise.values()), default=None)
+        rows.append((label, *map(_short, own), _short(grown)))
+    return rows
+
+
+def _short(value: float | None) -> str:
+    """Two digits in at most six characters."""
+    if value is None:
+        return "-"
+    return f"{value:.2g}" if value == 0 or 1e-3 <= value < 100 or not isfinite(value) else f"{value:.1e}"
+
+
+def _print_gradients(report: Report) -> None:
+    """How many, and which is furthest from the reference's, measured by its noise."""
+    found = [
+        (error / max(layer.gradient_noise[name], TINY), layer.index, name, error, layer.gradient_noise[name])
+        for layer in report.layers
+        for name, error in layer.gradients.items()
+    ]
+    ratio, index, name, error, noise = max(found)
+    say(f"gradients: {len(found)} compared on the same input; furthest from the reference's by its noise:")
+    say(f"  {name} of layer {index}, off by {_short(error)}; {_short(ratio)} times its noise of {_short(noise)}")
+
+
+def _print_logits(report: Report, figures: LogitFigures) -> None:
+    say("")
+    floors: Mapping[str, LogitFigures] = report.floors
+    title = f"{figures.tokens} scored tokens, reference PPL {format_number(figures.ppl_reference)}"
+    rows = [_row(f"noise {n}", floor) for n, floor in enumerate(floors.values(), 1)]
+    print_table(title, LOGITS, [*rows, _row("candidate", figures)])
+    ratio = f"{format_number(figures.ppl_ratio)} ± {figures.ppl_ratio_se:.1e}"
+    say(f"NLL difference {figures.nll_difference:+.2e} ± {figures.nll_difference_se:.1e}, PPL ratio {ratio}")
+    say("; ".join(f"noise {n}: {name}" for n, name in enumerate(floors, 1)))
+    if report.tolerance is not None:
+        say(f"allowed mean KLD: {format_number(report.tolerance)}")
+
+
+def _print_generations(found: dict[str, Any]) -> None:
+    """How many continuations are the same, beside what the reference's own rounding does to them."""
+    say("")
+    rows = [
+        (label, f"{part['same']:.1%}", f"{part['agreeing']:.1%}", "-" if part["first"] is None else part["first"])
+        for label, part in ((f"noise, {found['floor_of']}", found["floor"]), ("candidate", found["candidate"]))
+    ]
+    title = f"{found['prompts']} greedy continuations of at most {found['new_tokens']} tokens"
+    print_table(title, ("", "same to the end", "tokens before a difference", "soonest"), rows)
+
+
 def _row(label: str, figures: LogitFigures) -> tuple[object, ...]:
     return (
         label,
@@ -54,57 +151,6 @@ def _row(label: str, figures: LogitFigures) -> tuple[object, ...]:
         figures.kld_99,
         figures.kld_max,
         f"{figures.same_top:.2%}",
+        f"{figures.same_top5:.2%}",
         figures.ppl_candidate,
-        f"{format_number(figures.ppl_ratio)} ± {figures.ppl_ratio_se:.1e}",
     )
-
-
-def print_routes(report: RouteReport) -> None:
-    """Verdict, layers by what runs for them, the layers nearest to their bar, notes."""
-    console().print(f"{report.verdict}: {report.reason}", style=STYLE[report.verdict], markup=False)
-    for reason, count in Counter(layer.not_fused for layer in report.layers).items():
-        say(f"layers: {count} fused" if reason is None else f"layers: {count} run as transformers' own: {reason}")
-    if report.layers:
-        _print_layers(report)
-    for note in report.notes:
-        remark(f"note: {note}")
-
-
-def _print_layers(report: RouteReport) -> None:
-    layers = report.layers
-    nearest = sorted(layers, key=lambda layer: -layer.worst(report.dtype)[1])[:LISTED]
-    of = "" if len(nearest) == len(layers) else f", {len(nearest)} of {len(layers)} layers"
-    base = " on NF4" if report.quantize == "nf4" else ""
-    unit, name = (1e6, "millionths") if report.dtype == "float32" else (100, "%")
-    title = f"{report.dtype}{base}, {sum(report.lengths)} tokens, error in {name}: transformers' own > routed{of}"
-    rows = [_layer_row(layer, report, unit) for layer in sorted(nearest, key=lambda layer: layer.index)]
-    say("")
-    print_table(title, ROUTE_COLUMNS, [*rows, *_summary_rows(layers, unit)])
-    bar = f"{NOISE_MULTIPLE} x transformers' own"
-    say(f"q_proj, k_proj, v_proj: gradients of their LoRA; truth {report.truth}; bar {bar}")
-
-
-def _columns(layer: LayerReport) -> list[Errors | None]:
-    return [layer.errors.get(name) for name in WHOLE] + [layer.linear(name) for name in GRADIENTS]
-
-
-def _layer_row(layer: LayerReport, report: RouteReport, unit: float) -> tuple[object, ...]:
-    name, ratio = layer.worst(report.dtype)
-    return (layer.index, *(_pair(e, unit) for e in _columns(layer)), name.split(".", 1)[-1], f"{ratio:.2f}")
-
-
-def _summary_rows(layers: tuple[LayerReport, ...], unit: float) -> list[tuple[object, ...]]:
-    """Mean and largest of each column over all layers, those that are not listed included."""
-    rows: list[tuple[object, ...]] = []
-    for label, summary in (("mean", fmean), ("most", max)):
-        cells = []
-        for column in zip(*map(_columns, layers), strict=True):
-            there = [errors for errors in column if errors is not None]
-            total = Errors(summary(e.reference for e in there), summary(e.routed for e in there)) if there else None
-            cells.append(_pair(total, unit))
-        rows.append((label, *cells, "", ""))
-    return rows
-
-
-def _pair(errors: Errors | None, unit: float) -> str:
-    return "-" if errors is None else f"{errors.reference * unit:.2g} > {errors.routed * unit:.2g}"

@@ -22,6 +22,7 @@ from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.checkpoint.load import quiet_transformers
 from qwen2tool.checkpoint.reader import read_tensor
+from qwen2tool.checkpoint.view import View
 from qwen2tool.errors import UserError
 from qwen2tool.verify.inventory import TABLE
 
@@ -123,7 +124,7 @@ def layer_pairs(adapter: Adapter, index: int) -> dict[str, Pair]:
     return found
 
 
-def random_pairs(checkpoint: Checkpoint, index: int) -> dict[str, Pair]:
+def random_pairs(checkpoint: Checkpoint | View, index: int) -> dict[str, Pair]:
     """A and B of rank `RANK` for all seven linears, the same at every call; B is not zero, so A has a gradient."""
     generator = torch.Generator().manual_seed(SEED + index)
     deviation = SHARE / (ALPHA / RANK * sqrt(RANK))

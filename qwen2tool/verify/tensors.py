@@ -3,29 +3,31 @@
 Biases and norms are always judged here. Zeroing the v bias of one layer of a real Qwen2.5-0.5B improves its perplexity
 and moves the logits less than quantisation does: only the tensor itself tells.
 
-Memory: one pair in its own dtype, the update of an adapted one in fp32, and blocks of 2**22 entries in float64.
+Memory: one pair in its own dtype (stored ones beyond `LARGE` entries in blocks of rows), the update of an adapted one
+in fp32, and blocks of 2**18 entries in float64, which stay in a core's cache.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import inf, nan, sqrt
+from math import inf, isfinite, nan, sqrt
 from typing import Literal
 
 import torch
 
-from qwen2tool.checkpoint.adapter import Adapter, delta
-from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import read_tensor
+from qwen2tool.checkpoint.reader import read_tensor, row_blocks
+from qwen2tool.checkpoint.view import AnyTensor, View, read
 from qwen2tool.console import progress
 from qwen2tool.verify.inventory import HEAD, TABLE, used_tensors
 from qwen2tool.verify.limits import UPDATE_SLACK
 
 Kind = Literal["identical", "one rounding", "different"]
-BLOCK = 1 << 22
+BLOCK = 1 << 18
+LARGE = 1 << 26
+CHUNK = 1 << 18
 ORDERED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,26 +58,30 @@ class TensorComparison:
         return self.name in (TABLE, HEAD)
 
 
-def compare_tensors(reference: Checkpoint, candidate: Checkpoint, adapter: Adapter | None) -> list[TensorComparison]:
-    """Compares all tensors that both sides hold in one shape; with `adapter`, its update is added to the reference."""
-    pairs = {f"{module}.weight": pair for module, pair in adapter.pairs.items()} if adapter else {}
+def compare_tensors(
+    reference: View, candidate: View, update_of: Callable[[str], torch.Tensor | None] = lambda name: None
+) -> list[TensorComparison]:
+    """Compares all tensors that both sides hold in one shape.
+
+    Args:
+        update_of: what adapters add to the reference's weight of that name, fp32, or None.
+    """
     found = []
     with progress("comparing tensors", reference.nbytes) as advance:
         for name, mine, theirs in _counterparts(reference, candidate):
-            update = delta(pairs[name]) if name in pairs else None
-            found.append(compare_tensor(name, read_tensor(mine), read_tensor(theirs), update))
+            found.append(_compare(name, mine, theirs, update_of(name)))
             advance(mine.nbytes)
     return found
 
 
-def _counterparts(reference: Checkpoint, candidate: Checkpoint) -> Iterator[tuple[str, TensorInfo, TensorInfo]]:
+def _counterparts(reference: View, candidate: View) -> Iterator[tuple[str, AnyTensor, AnyTensor]]:
     mine, theirs = used_tensors(reference), used_tensors(candidate)
-    for name, info in mine.items():
-        if name not in theirs or theirs[name].shape != info.shape:
+    for name, tensor in mine.items():
+        if name not in theirs or theirs[name].shape != tensor.shape:
             continue
-        if name == HEAD and info is mine.get(TABLE) and theirs[name] is theirs.get(TABLE):
+        if name == HEAD and tensor is mine.get(TABLE) and theirs[name] is theirs.get(TABLE):
             continue  # tied and not stored on either side: the table speaks for it
-        yield name, info, theirs[name]
+        yield name, tensor, theirs[name]
 
 
 def compare_tensor(
@@ -95,15 +101,48 @@ def compare_tensor(
     for start in range(0, candidate.numel(), BLOCK):
         rows = slice(start, start + BLOCK)
         tally.add(mine[rows], theirs[rows], None if added is None else added[rows], slack)
-    return TensorComparison(
-        name=name,
-        kind="different" if tally.beyond else "one rounding",
-        max_abs=tally.max_abs,
-        relative_error=tally.relative_error,
-        cosine=tally.cosine,
-        zeroed=not candidate.any() and bool(reference.any()),
-        one_off=tally.one_off,
-    )
+    return tally.comparison(name)
+
+
+def _compare(name: str, mine: AnyTensor, theirs: AnyTensor, update: torch.Tensor | None) -> TensorComparison:
+    if update is None and isinstance(mine, TensorInfo) and isinstance(theirs, TensorInfo):
+        if mine.dtype == theirs.dtype and _same_stored(mine, theirs):
+            return TensorComparison(name=name, kind="identical")
+        if _is_large(mine):
+            return _compare_stored(name, mine, theirs)
+    return compare_tensor(name, read(mine), read(theirs), update)
+
+
+def _same_stored(mine: TensorInfo, theirs: TensorInfo) -> bool:
+    """Byte for byte, file against file, up to the first difference, at the pace of the disk."""
+    left = mine.nbytes
+    one, other = bytearray(min(CHUNK, left)), bytearray(min(CHUNK, left))
+    with mine.file.open("rb", buffering=0) as here, theirs.file.open("rb", buffering=0) as there:
+        here.seek(mine.start)
+        there.seek(theirs.start)
+        while left:
+            if left < len(one):
+                one, other = bytearray(left), bytearray(left)
+            if here.readinto(one) != len(one) or there.readinto(other) != len(one) or one != other:
+                return False  # a file that ends early is `read`'s to complain about
+            left -= len(one)
+    return True
+
+
+def _is_large(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) == 2 and tensor.numel > LARGE
+
+
+def _compare_stored(name: str, reference: TensorInfo, candidate: TensorInfo) -> TensorComparison:
+    """Compares two large matrices in blocks of rows: the table of a 72B is 2.5 GB, and there would be two of it."""
+    blocks = [
+        (mine, theirs)
+        for (_, mine), (_, theirs) in zip(row_blocks(reference, BLOCK), row_blocks(candidate, BLOCK), strict=True)
+    ]
+    tally = _Tally()
+    for mine, theirs in blocks:
+        tally.add(read_tensor(mine).view(-1), read_tensor(theirs).view(-1), None, 0.0)
+    return tally.comparison(name)
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -116,27 +155,51 @@ class _Tally:
 
     def __init__(self) -> None:
         self.beyond = self.one_off = 0
+        self.any_reference = self.any_candidate = False
         self.max_abs = 0.0
         self.squared_error = self.squared_expected = self.squared_candidate = self.dot = 0.0
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor, update: torch.Tensor | None, slack: float) -> None:
         """One block, flat."""
-        if update is None:
-            expected, off = reference, ~_same_rounded(reference, candidate)
-        else:
-            expected = reference.float() + update
-            off, one_off = _off_the_sum(expected.to(candidate.dtype), candidate, slack)
-            self.one_off += int(one_off.sum())
-        off |= ~candidate.isfinite() & expected.isfinite()  # an overflow is no rounding
-        self.beyond += int(off.sum())
+        expected = reference if update is None else reference.float() + update
         want, have = expected.double(), candidate.double()
         error = have - want
-        largest = error.abs().max().item()
+        low, high = error.aminmax()
+        largest = torch.maximum(high, -low).item()
         self.max_abs = largest if largest != largest else max(self.max_abs, largest)
-        self.squared_error += error.square().sum().item()
-        self.squared_expected += want.square().sum().item()
-        self.squared_candidate += have.square().sum().item()
-        self.dot += (want * have).sum().item()
+        self.squared_error += error.dot(error).item()
+        self.squared_expected += want.dot(want).item()
+        self.squared_candidate += have.dot(have).item()
+        self.dot += want.dot(have).item()
+        self.any_reference |= bool(reference.any())
+        self.any_candidate |= bool(candidate.any())
+        if update is None and reference.dtype == candidate.dtype and isfinite(largest):
+            self.beyond += int(error.count_nonzero())
+        else:
+            self._count(reference, candidate, expected, update is not None, slack)
+
+    def _count(
+        self, reference: torch.Tensor, candidate: torch.Tensor, expected: torch.Tensor, added: bool, slack: float
+    ) -> None:
+        if added:
+            off, one_off = _off_the_sum(expected.to(candidate.dtype), candidate, slack)
+            self.one_off += int(one_off.sum())
+        else:
+            off = ~_same_rounded(reference, candidate)
+        off |= ~candidate.isfinite() & expected.isfinite()  # an overflow is no rounding
+        self.beyond += int(off.sum())
+
+    def comparison(self, name: str) -> TensorComparison:
+        """What all blocks together say."""
+        return TensorComparison(
+            name=name,
+            kind="different" if self.beyond else "one rounding",
+            max_abs=self.max_abs,
+            relative_error=self.relative_error,
+            cosine=self.cosine,
+            zeroed=self.any_reference and not self.any_candidate,
+            one_off=self.one_off,
+        )
 
     @property
     def relative_error(self) -> float:

@@ -2,18 +2,23 @@
 
 A hand-set tolerance is either too loose for fp32 or too tight for bf16. The bar is the reference's own noise, measured
 in the same run: how far its 16-bit run is from its fp32 run on the same text (`limits` holds the multiples). What the
-files show outranks the logits, in both directions.
+files show outranks the logits, in both directions; and where matrices differ, so does a layer that does something else
+on the same input than its rounding explains. A user's `tolerance` replaces the bar of the logits and of the layers,
+never what the files show.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from qwen2tool.verify.inventory import InventoryComparison
+from qwen2tool.verify.layer_figures import Beyond, LayerFigures, first_beyond, worst_beyond
 from qwen2tool.verify.limits import (
     FEWEST_TOKENS,
     MATRIX_MULTIPLE,
     NOISE_MULTIPLE,
+    ROUTE_LUCK,
     SMALLEST_99_KLD,
     SMALLEST_MEAN_KLD,
     STANDARD_ERRORS,
@@ -34,6 +39,10 @@ def decide(
     figures: LogitFigures | None,
     floor: LogitFigures | None,
     hindrance: str | None = None,
+    *,
+    tolerance: float | None = None,
+    layers: Sequence[LayerFigures] = (),
+    dtype: str = "bfloat16",
 ) -> Decision:
     """The verdict and its reason.
 
@@ -41,6 +50,8 @@ def decide(
         biases: what `describe_biases` says.
         figures, floor: the candidate's and the reference's own; None where the logits were not compared.
         hindrance: why they were not.
+        tolerance: the largest mean KLD that passes, instead of the noise.
+        layers, dtype: the errors layer by layer, and what the model is meant to run in.
     """
     if (fault := _fault_in_files(inventory, tensors, biases)) is not None:
         return "different", fault
@@ -57,9 +68,16 @@ def decide(
         return _by_identity(figures)
     if figures.tokens < FEWEST_TOKENS:
         return "undecided", f"the text scores only {figures.tokens} tokens; at least {FEWEST_TOKENS} are needed"
+    different = [t for t in tensors if t.kind == "different"]
+    if tolerance is not None:
+        return _by_tolerance(different, figures, tolerance)
     if not floor.finite:
         return "undecided", "the reference in its 16-bit dtype predicts NaN or Inf: there is no noise to judge by"
-    return _by_logits([t for t in tensors if t.kind == "different"], figures, floor)
+    first = first_beyond(layers, dtype)
+    decision = _by_logits(different, figures, floor)
+    if not different or first is None:
+        return decision
+    return _by_layers(decision, first, worst_beyond(layers, dtype) or first)
 
 
 def _fault_in_files(inventory: InventoryComparison, tensors: list[TensorComparison], biases: list[str]) -> str | None:
@@ -111,6 +129,26 @@ def _by_logits(different: list[TensorComparison], figures: LogitFigures, floor: 
     if any(t.is_table for t in different):
         return "undecided", f"{tensors}: rows of tokens that the text does not use cannot be judged by its logits"
     return "equivalent", f"{tensors}, and the logits differ by {noise}"
+
+
+def _by_tolerance(different: list[TensorComparison], figures: LogitFigures, tolerance: float) -> Decision:
+    found = f"the mean KLD is {figures.kld_mean:.2g}, {tolerance:.2g} is allowed; {_account(different)}"
+    margin = STANDARD_ERRORS * figures.kld_mean_se
+    if figures.kld_mean <= tolerance:
+        return "equivalent", found
+    return ("undecided" if figures.kld_mean - margin <= tolerance else "different"), found
+
+
+def _by_layers(decision: Decision, first: Beyond, worst: Beyond) -> Decision:
+    """Adds where it begins, and takes back an "equivalent": unlike a text's logits, a layer cannot make up for it."""
+    verdict, reason = decision
+    where = (
+        f"on the same input the {first.part} of layer {first.layer} is off by {first.error:.2g}, "
+        f"where the reference's own rounding makes {first.noise:.2g}"
+    )
+    if verdict != "different":
+        verdict = "different" if worst.ratio > ROUTE_LUCK else "undecided"
+    return verdict, f"{reason}; {where}"
 
 
 def _account(different: list[TensorComparison]) -> str:

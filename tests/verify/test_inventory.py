@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from qwen2tool.checkpoint.folder import open_checkpoint
+from qwen2tool.convert.read import open_qwen2
 from qwen2tool.verify.inventory import InventoryComparison, compare_inventories
 from tests.verify.common import State, variant, without
 
 
 def compared(reference: Path, candidate: Path) -> InventoryComparison:
-    return compare_inventories(open_checkpoint(reference), open_checkpoint(candidate))
+    return compare_inventories(open_qwen2(reference, whole=False), open_qwen2(candidate, whole=False))
 
 
 def test_a_copy_agrees_and_a_lost_bias_is_named(tmp_path: Path, base_folder: Path) -> None:

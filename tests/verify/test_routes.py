@@ -17,9 +17,10 @@ from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import load_model
 from qwen2tool.errors import UserError
 from qwen2tool.routing.offline import plan_checkpoint
+from qwen2tool.verify.gradients import relative_error
 from qwen2tool.verify.route_report import Errors, LayerReport, decide_routes
-from qwen2tool.verify.routes import ragged, relative_error, verify_routes
-from qwen2tool.verify.show import print_routes
+from qwen2tool.verify.route_show import print_routes
+from qwen2tool.verify.routes import ragged, verify_routes
 from qwen2tool.verify.single import LINEARS, embed, layer_pairs, load_layer, put_lora, random_pairs
 from tests.cli_runner import run
 from tests.tiny import write_adapter, write_tiny

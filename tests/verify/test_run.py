@@ -33,7 +33,7 @@ def measured(report: Report) -> tuple[LogitFigures, LogitFigures]:
     assert report.figures is not None and report.floor is not None
     assert report.exit_code == {"equivalent": 0, "different": 1, "undecided": 2}[report.verdict]
     parsed = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert (parsed["schema_version"], parsed["verdict"]) == (1, report.verdict)
+    assert (parsed["schema_version"], parsed["verdict"]) == (2, report.verdict)
     return report.figures, report.floor
 
 
@@ -256,9 +256,20 @@ def test_no_logits_where_the_candidate_cannot_run(tmp_path: Path, base_folder: P
     assert (wider.verdict, wider.figures) == ("different", None)
 
 
+def test_a_qwen2_renamed_a_llama_loses_its_biases_in_every_reader(tmp_path: Path, base_folder: Path) -> None:
+    renamed = variant(base_folder, tmp_path / "renamed", config={"model_type": "llama"})
+    report = run(base_folder, renamed)
+    assert (report.verdict, report.reason) == ("different", "the q, k and v biases of all 3 layers are missing")
+    assert any("attention_bias" in note for note in report.notes)
+    with pytest.raises(UserError, match="attention_bias off"):
+        run(renamed, base_folder)
+    whole = variant(base_folder, tmp_path / "whole", config={"model_type": "llama", "attention_bias": True})
+    assert run(base_folder, whole).verdict == run(whole, base_folder).verdict == "equivalent"
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"model_type": "llama"}, "llama"), ({"quantization_config": {"quant_method": "gptq"}}, "quantised")],
+    [({"model_type": "gemma"}, "gemma"), ({"quantization_config": {"quant_method": "gptq"}}, "quantised")],
 )
 def test_another_kind_of_checkpoint_is_refused(
     tmp_path: Path, base_folder: Path, change: dict[str, Any], word: str

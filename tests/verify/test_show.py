@@ -8,7 +8,7 @@ import pytest
 
 from qwen2tool.verify.run import verify
 from qwen2tool.verify.show import print_report
-from tests.verify.common import random_samples, variant, without
+from tests.verify.common import State, random_samples, variant, without
 
 
 def test_verdict_figures_and_width(tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,8 +19,14 @@ def test_verdict_figures_and_width(tmp_path: Path, base_folder: Path, capsys: py
     assert lines[0] == "different: the q, k and v biases of all 3 layers are missing"
     assert "tensors: 30 identical, 0 one rounding, 0 different, 9 missing, 0 extra" in lines
     assert "biases: 0 in the candidate, 9 in the reference" in lines
-    assert [line.split()[0] for line in lines if line.startswith(("noise ", "candidate "))] == ["noise", "candidate"]
-    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines if line.startswith(("noise", "candidate "))][:5] == [
+        "noise,",
+        "noise,",
+        "noise",
+        "noise",
+        "candidate",
+    ]
+    assert max(len(line) for line in lines if not line.startswith("diagnosis: ")) <= 100
     assert "zeros" in output.err
 
 
@@ -32,3 +38,26 @@ def test_a_difference_is_listed_with_its_size(
     assert lines[0].startswith("different: the logits differ by ")
     listed = [line for line in lines if line.startswith("model.layers.")]
     assert len(listed) == 8 and all(len(line.split()) == 4 for line in listed)
+
+
+def scale(state: State) -> None:
+    state["model.layers.1.mlp.down_proj.weight"] *= 0.5
+
+
+def test_the_layer_at_fault_is_marked(tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = variant(base_folder, tmp_path / "bad", scale)
+    print_report(verify(base_folder, bad, random_samples(), gradients=True, tolerance=0.5))
+    output = capsys.readouterr().out
+    start = next(n for n, line in enumerate(output.splitlines()) if line.startswith("layer "))
+    first, hurt, behind = output.splitlines()[start + 2 : start + 5]
+    assert first.split() == ["0", *"0000000"]
+    assert hurt.split()[:5] == ["1", *"0000"] and hurt.split()[5] == "0.5*"
+    assert behind.split()[:4] == ["2", *"000"] and "*" not in behind
+    assert "first beyond its noise: mlp of layer 1, 0.5; " in output
+    assert "gradients: 45 compared on the same input; " in output and "allowed mean KLD: 0.5" in output
+    assert max(len(line) for line in output.splitlines() if not line.startswith(("diagnosis", "equiv", "diff"))) <= 100
+
+
+def test_identical_layers_need_no_table(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(verify(base_folder, base_folder, random_samples()))
+    assert "layers: all 3 compute the same to the last bit" in capsys.readouterr().out.splitlines()

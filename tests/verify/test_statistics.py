@@ -8,11 +8,20 @@ from math import exp, log, sqrt
 import pytest
 import torch
 
-from qwen2tool.verify.statistics import TokenFigures, concatenate, summarise, token_figures
+from qwen2tool.verify.statistics import Divergence, TokenFigures, concatenate, summarise
 
 
 def random_logits(seed: int, rows: int = 40, columns: int = 97) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def token_figures(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor, columns: int = 10) -> TokenFigures:
+    """The vocabulary in blocks of so many columns."""
+    found = Divergence(targets, 1)
+    for first in range(0, p.shape[1], columns):
+        block = slice(first, first + columns)
+        found.add(first, p[:, block], [q[:, block]])
+    return found.finish()[0]
 
 
 def test_two_words_by_hand() -> None:
@@ -24,13 +33,14 @@ def test_two_words_by_hand() -> None:
     assert found.max_abs.item() == pytest.approx(log(3), rel=1e-6)
 
 
-def test_kld_is_torchs_and_not_its_reverse() -> None:
+@pytest.mark.parametrize("columns", [1, 10, 97])
+def test_kld_is_torchs_and_not_its_reverse(columns: int) -> None:
     p, q = random_logits(0), random_logits(1)
-    found = token_figures(p, q, torch.zeros(40, dtype=torch.long)).kld
+    found = token_figures(p, q, torch.zeros(40, dtype=torch.long), columns).kld
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     wanted = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     reverse = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
     assert (found - reverse).abs().max() > 0.1
 
 
@@ -41,20 +51,36 @@ def test_a_shift_of_all_logits_is_no_divergence() -> None:
     assert found.max_abs.max().item() == pytest.approx(7)
 
 
-def test_nll_is_cross_entropy_and_top_is_argmax() -> None:
+@pytest.mark.parametrize("columns", [1, 10, 97])
+def test_nll_is_cross_entropy_and_top_is_argmax(columns: int) -> None:
     p, q, targets = random_logits(0), random_logits(1), torch.arange(40)
     q[:10] = p[:10] * 2
-    found = token_figures(p, q, targets)
+    found = token_figures(p, q, targets, columns)
     wanted = torch.nn.functional.cross_entropy(q.double(), targets, reduction="none")
     torch.testing.assert_close(found.nll_candidate, wanted, rtol=1e-12, atol=0)
+    assert found.same_top.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
     assert found.same_top[:10].all() and not found.same_top.all()
+    fives = [len({*a.topk(5)[1].tolist()} & {*b.topk(5)[1].tolist()}) / 5 for a, b in zip(p, q, strict=True)]
+    assert found.same_top5.tolist() == pytest.approx(fives) and 0 < sum(fives) < 40
+
+
+def test_of_equal_logits_the_first_is_the_top_as_with_argmax() -> None:
+    """16-bit logits tie often; a tie must not look like a disagreement."""
+    tied = torch.tensor([[0.0, 2.0, 1.0, 2.0, 2.0, 0.0]])
+    lone = torch.tensor([[0.0, 2.0, 1.0, 0.0, 0.0, 0.0]])
+    late = torch.tensor([[0.0, 1.0, 1.0, 2.0, 0.0, 0.0]])
+    for columns in (1, 2, 6):
+        assert token_figures(tied, lone, torch.tensor([0]), columns).same_top.all()
+        assert not token_figures(tied, late, torch.tensor([0]), columns).same_top.any()
 
 
 def given(kld: list[float], reference: list[float], candidate: list[float]) -> TokenFigures:
     one = torch.ones(len(kld), dtype=torch.float64)
     values = [torch.tensor(row, dtype=torch.float64) for row in (kld, reference, candidate)]
     top = torch.arange(len(kld)) % 2 == 0
-    return TokenFigures(kld=values[0], max_abs=one, same_top=top, nll_reference=values[1], nll_candidate=values[2])
+    return TokenFigures(
+        kld=values[0], max_abs=one, same_top=top, same_top5=one, nll_reference=values[1], nll_candidate=values[2]
+    )
 
 
 def test_summary_by_hand() -> None:
@@ -68,6 +94,7 @@ def test_summary_by_hand() -> None:
     assert found.ppl_candidate == pytest.approx(exp(1.7))
     assert found.ppl_ratio == pytest.approx(exp(0.2))
     assert found.ppl_ratio_se == pytest.approx(exp(0.2) * 0.1)
+    assert (found.nll_difference, found.nll_difference_se) == pytest.approx((0.2, 0.1))
 
 
 def test_chunks_are_one_text() -> None:
@@ -78,11 +105,13 @@ def test_chunks_are_one_text() -> None:
     assert joined.to_json() == pytest.approx(whole.to_json(), rel=1e-12)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_bad_logit_is_seen_and_json_stays_valid(bad: float) -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [3, 96])
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_bad_logit_is_seen_and_json_stays_valid(bad: float, column: int, side: int) -> None:
     p, q = random_logits(0), random_logits(1)
     assert summarise(token_figures(p, q, torch.arange(40))).finite
-    q[5, 3] = bad
+    (p, q)[side][5, column] = bad
     found = summarise(token_figures(p, q, torch.arange(40)))
     assert not found.finite
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["kld_mean"] is None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen2tool.checkpoint.adapter import delta, open_adapter
-from qwen2tool.checkpoint.folder import open_checkpoint
+from qwen2tool.verify.sides import open_sides
 from qwen2tool.verify.tensors import BLOCK, TensorComparison, compare_tensor, compare_tensors
 from tests.verify.common import State, peft_merged, variant
 
@@ -96,8 +97,8 @@ def test_zeroed() -> None:
 
 
 def compare_folders(reference: Path, candidate: Path, adapter: Path | None = None) -> dict[str, TensorComparison]:
-    opened = open_adapter(adapter) if adapter else None
-    found = compare_tensors(open_checkpoint(reference), open_checkpoint(candidate), opened)
+    sides = open_sides(reference, candidate, adapters=[adapter] if adapter else [])
+    found = compare_tensors(sides.stored, sides.candidate.view, sides.reference.update)
     return {comparison.name: comparison for comparison in found}
 
 
@@ -145,3 +146,21 @@ def test_a_tied_head_may_be_stored_if_it_is_the_table(tmp_path: Path, tied_folde
     assert {c.kind for c in compare_folders(tied_folder, untied).values()} == {"identical"}
     other = compare_folders(tied_folder, variant(tied_folder, tmp_path / "other", double_the_head))
     assert [name for name, c in other.items() if c.kind == "different"] == ["lm_head.weight"]
+
+
+def one_entry(state: State) -> None:
+    state["lm_head.weight"][200, 3] += 1
+
+
+@pytest.mark.parametrize("change", [lambda s: None, one_entry, double_the_head, lambda s: s["lm_head.weight"].zero_()])
+def test_a_large_matrix_is_compared_in_blocks_to_the_same_end(
+    tmp_path: Path, base_folder: Path, change: Callable[[State], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = variant(base_folder, tmp_path / "other", lambda state: (change(state), state)[1])
+    whole = compare_folders(base_folder, other)["lm_head.weight"]
+    monkeypatch.setattr("qwen2tool.verify.tensors.LARGE", 1000)
+    monkeypatch.setattr("qwen2tool.verify.tensors.BLOCK", 64 * 64)
+    blocks = compare_folders(base_folder, other)["lm_head.weight"]
+    assert (blocks.kind, blocks.zeroed, blocks.max_abs) == (whole.kind, whole.zeroed, whole.max_abs)
+    assert blocks.relative_error == pytest.approx(whole.relative_error)
+    assert blocks.cosine == pytest.approx(whole.cosine, nan_ok=True)

@@ -1,0 +1,1 @@
+"""Known ways in which a checkpoint goes wrong, one kind a file, asked by `verify.diagnose`."""

@@ -1,0 +1,114 @@
+"""How much of a known adapter a checkpoint holds: none, twice, at another scale, or not in every layer.
+
+With D = scaling * B A and E = candidate - expected, least squares gives E = sum of c_i D_i over the adapters of a
+module; the candidate then holds 1 + c_i times adapter i. The rounding of the sum to 16 bit is independent of D and
+averages out: over 10**6 entries the factor is known to a thousandth, though single entries may be all rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+
+from qwen2tool.checkpoint.adapter import Adapter, LoraPair
+from qwen2tool.checkpoint.reader import read_tensor
+from qwen2tool.checkpoint.view import AnyTensor, Derived
+from qwen2tool.verify.patterns.finding import Finding
+from qwen2tool.verify.tensors import BLOCK
+
+LITTLE = 0.02
+"""Of the update: factors nearer to each other are one."""
+ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+EXPLAINED = 0.5
+"""Of the squared difference, which the update has to explain, or leave no more than a rounding."""
+
+
+def pairs_of(name: str, adapters: Sequence[Adapter]) -> list[tuple[int, LoraPair]]:
+    """(which adapter, pair) for those that adapt the weight `name`."""
+    module = name.removesuffix(".weight")
+    return [(n, adapter.pairs[module]) for n, adapter in enumerate(adapters) if module in adapter.pairs]
+
+
+def carries(tensor: AnyTensor, pair: LoraPair) -> bool:
+    """Whether a view's tensor has this pair added already."""
+    return isinstance(tensor, Derived) and any(s.file == pair.a.file and s.name == pair.a.name for s in tensor.sources)
+
+
+def find_factors(
+    mine: AnyTensor, reference: torch.Tensor, candidate: torch.Tensor, pairs: Sequence[tuple[int, LoraPair]]
+) -> list[float] | None:
+    """How many times the candidate holds each update; None where the updates do not explain the difference.
+
+    Sums are taken over blocks of rows: no update stands whole. What the fit leaves is ||E||^2 - c . b, with b the
+    products of E with the updates.
+
+    Args:
+        mine: the reference's tensor, to tell whether it holds the updates already.
+    """
+    count = len(pairs)
+    system, right = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    before = size = 0.0
+    sides = [(read_tensor(pair.a).float(), read_tensor(pair.b).float() * pair.scaling) for _, pair in pairs]
+    step = max(1, BLOCK // reference.shape[1])
+    for start in range(0, len(reference), step):
+        rows = slice(start, start + step)
+        base = reference[rows].float()
+        error = (candidate[rows].float() - base).view(-1).double()
+        updates = torch.stack([(b[rows] @ a).view(-1) for a, b in sides]).double()
+        system += updates @ updates.T
+        right += updates @ error
+        before += float(error @ error)
+        size += float(base.double().square().sum())
+    if float(system.diagonal().min()) == 0 or not bool(right.isfinite().all()):
+        return None
+    solution = torch.linalg.lstsq(system, right[:, None]).solution[:, 0]
+    left = max(0.0, before - float(solution @ right))
+    rounding = 3 * ROUNDING.get(candidate.dtype, 2.0**-24) * sqrt(size)
+    if sqrt(left) > rounding and left > (1 - EXPLAINED) * before:
+        return None
+    held = [float(carries(mine, pair)) for _, pair in pairs]
+    return [h + c for h, c in zip(held, solution.tolist(), strict=True)]
+
+
+def findings_of(factors: dict[str, list[tuple[int, LoraPair, float]]], adapters: Sequence[Adapter]) -> list[Finding]:
+    """Findings of all modules that hold another multiple of an adapter than one; those that differ elsewhere are none.
+
+    Args:
+        factors: weight name -> (which adapter, pair, how many times it is held).
+    """
+    found = []
+    for number, adapter in enumerate(adapters):
+        held = {name: (pair, f) for name, parts in factors.items() for n, pair, f in parts if n == number}
+        label = f"the adapter {adapter.path.name}" if len(adapters) > 1 else "the adapter"
+        nowhere = len(held) == len(adapter.pairs) and all(abs(factor) <= LITTLE for _, factor in held.values())
+        for name, (pair, factor) in held.items():
+            if abs(factor - 1) > LITTLE:
+                found.append(_finding(name, pair, factor, label, nowhere))
+    return found
+
+
+def _finding(name: str, pair: LoraPair, factor: float, label: str, nowhere: bool) -> Finding:
+    if abs(factor) <= LITTLE:
+        return Finding(code="adapter_not_applied" if nowhere else "adapter_missing", name=name, detail=label)
+    if abs(factor - 2) <= 2 * LITTLE:
+        return Finding(code="adapter_twice", name=name, detail=label)
+    return Finding(code="adapter_scaling", name=name, detail=f"{label}|{_round(factor)}|{_known(pair, factor)}")
+
+
+def _round(factor: float) -> str:
+    """Two digits: factors of different modules scatter in the third."""
+    return f"{factor:.2g}"
+
+
+def _known(pair: LoraPair, factor: float) -> str:
+    """Where the factor comes from, if it is one of the usual mistakes."""
+    usual = {
+        "as if alpha were divided by the rank's square root (rsLoRA)": sqrt(pair.rank),
+        "as if alpha were divided by the rank, not its square root": 1 / sqrt(pair.rank),
+        "as if there were no scaling": 1 / pair.scaling,
+        "as if alpha were not divided by the rank": float(pair.rank),
+        "as if it were taken away": -1.0,
+    }
+    return next((words for words, value in usual.items() if abs(factor / value - 1) < LITTLE), "")
