@@ -1,10 +1,11 @@
-"""What `qwen2tool convert` takes beside `cp` of the same files, both until the disk has them: alternating, medians.
+"""What `convert` and the comparison of tensors take beside `cp` of the same files, from disk to disk: medians.
 
     python benchmarks/convert_speed.py [--gigabytes 2] [--runs 5] [--work FOLDER] [--result FILE]
 
 The checkpoint has a 7B's matrices of random bytes, as many layers as the size allows, in shards of 500 MB. `convert`
 reads, writes and hashes every byte (sha256 in the manifest) and syncs each file; `cp` is followed by `sync` of its
-files. The whole process is timed, from its start to its exit.
+files. `compare` reads a checkpoint and its copy, tensor by tensor, as `verify-equivalence` does; its rate counts one of
+the two. All files are dropped from the page cache before each run, runs alternate, and the whole process is timed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ KINDS = {
     "convert --to llama": ["--to", "llama"],
     "convert, other shards": ["--max-shard-size", "300MB"],
 }
+
+
+COMPARE = (
+    "import sys; from qwen2tool.convert.read import open_qwen2; from qwen2tool.verify.tensors import compare_tensors; "
+    "one, other = map(open_qwen2, sys.argv[1:]); "
+    "assert all(t.kind == 'identical' for t in compare_tensors(one, other))"
+)
 
 
 def main() -> None:
@@ -89,20 +97,31 @@ def write_random(folder: Path, target: float) -> int:
     return sum(slot.nbytes for slot in slots)
 
 
+def forget(*folders: Path) -> None:
+    """Drops their files from the page cache, where a checkpoint that is to be converted is not."""
+    os.sync()
+    for file in (file for folder in folders for file in folder.iterdir()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def measure(source: Path, work: Path, runs: int) -> dict[str, list[float]]:
     """Seconds of every run but the first, which warms the caches of both."""
     commands = {"cp": ["sh", "-c", f"cp -r '{source}' '{work / 'out'}' && sync '{work / 'out'}'/*"]}
     for name, flags in KINDS.items():
         commands[name] = [sys.executable, "-m", "qwen2tool", "convert", str(source), str(work / "out"), *flags]
+    copy = shutil.copytree(source, work / "copy")
+    commands["compare"] = [sys.executable, "-c", COMPARE, str(source), str(copy)]
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for run in range(runs + 1):
         for name, command in commands.items():
-            subprocess.run(["sync"], check=True)
+            forget(source, copy)
             start = time.perf_counter()
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             if run:
                 seconds[name].append(time.perf_counter() - start)
-            shutil.rmtree(work / "out")
+            shutil.rmtree(work / "out", ignore_errors=True)
     return seconds
 
 

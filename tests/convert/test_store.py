@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,10 +164,17 @@ def test_a_users_error_keeps_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_hashing_beside_writing(tmp_path):
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
+
+
+def test_hashing_beside_writing(tmp_path, pool):
     """Every piece once, in order, whatever the threads do."""
     pieces = [bytes([n]) * (1 << 16) for n in range(50)]
-    with (tmp_path / "file").open("wb") as handle, HashingFile(handle) as hashing:
+    with (tmp_path / "file").open("wb") as handle:
+        hashing = HashingFile(handle, pool)
         for piece in pieces:
             hashing.write(memoryview(piece))
     assert (tmp_path / "file").read_bytes() == b"".join(pieces)
@@ -174,7 +182,7 @@ def test_hashing_beside_writing(tmp_path):
 
 
 @pytest.mark.parametrize("kernel", ["all", "none", "half", "absent"])
-def test_copying_from_file_to_file(base_folder, tmp_path, monkeypatch, kernel):
+def test_copying_from_file_to_file(base_folder, tmp_path, monkeypatch, kernel, pool):
     """The same bytes and hash however far the kernel gets; between two writes, where a wrong offset would show."""
     info = max(open_checkpoint(base_folder).tensors.values(), key=lambda info: info.nbytes)
     whole, calls = os.copy_file_range, []
@@ -189,7 +197,8 @@ def test_copying_from_file_to_file(base_folder, tmp_path, monkeypatch, kernel):
         monkeypatch.delattr(os, "copy_file_range")
     elif kernel != "all":
         monkeypatch.setattr(os, "copy_file_range", some)
-    with (tmp_path / "file").open("wb") as handle, HashingFile(handle) as hashing:
+    with (tmp_path / "file").open("wb") as handle:
+        hashing = HashingFile(handle, pool)
         hashing.write(b"before")
         hashing.copy(info)
         hashing.write(b"after")
@@ -198,9 +207,9 @@ def test_copying_from_file_to_file(base_folder, tmp_path, monkeypatch, kernel):
     assert hashing.digest == hashlib.sha256(expected).hexdigest()
 
 
-def test_a_source_that_ends_early(base_folder, tmp_path):
+def test_a_source_that_ends_early(base_folder, tmp_path, pool):
     info = next(iter(open_checkpoint(base_folder).tensors.values()))
     (tmp_path / "short").write_bytes(info.file.read_bytes()[: info.end - 3])
     handle = (tmp_path / "file").open("wb")
-    with handle, HashingFile(handle) as hashing, pytest.raises(UserError, match="ends inside tensor"):
-        hashing.copy(replace(info, file=tmp_path / "short"))
+    with handle, pytest.raises(UserError, match="ends inside tensor"):
+        HashingFile(handle, pool).copy(replace(info, file=tmp_path / "short"))
