@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwen2tool.checkpoint.view import AnyTensor, View, read
-from qwen2tool.verify.inventory import HEAD, InventoryComparison, used_tensors
+from qwen2tool.verify.inventory import HEAD, TABLE, InventoryComparison, used_tensors
 from qwen2tool.verify.limits import SMALLEST_MEAN_KLD
 from qwen2tool.verify.patterns.adapters import find_factors, findings_of, pairs_of
 from qwen2tool.verify.patterns.entries import examine, examine_plainly
@@ -39,6 +39,10 @@ MOST_OF_ALL = 0.5
 MOST_DETAILS = 4
 """Sentences of one kind; beyond, one stands for all."""
 WORST = 3
+MAY_BE_WANTED = (
+    "rounded_weights", "entry_rounded", "quantised_weights", "low_rank_update", "arithmetic", "unknown",
+)  # fmt: skip
+"""Codes that name no mistake: a dtype, a quantisation, training, the machine, or nothing known."""
 Pairs = dict[str, tuple[AnyTensor, AnyTensor]]
 """Name -> (reference's, candidate's) of what differs and is not explained yet; each step takes out what it explains."""
 
@@ -51,6 +55,13 @@ class Diagnosis:
     code: str
     sentence: str
     tensors: tuple[str, ...]
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether somebody's mistake is named; the rest may be wanted, or is judged by what it does."""
+        if self.code == "rows_changed":  # in a table, tokens were added or trained
+            return not {TABLE, HEAD} >= set(self.tensors)
+        return self.code not in MAY_BE_WANTED
 
 
 def diagnose(

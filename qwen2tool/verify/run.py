@@ -98,6 +98,7 @@ def verify(
         generations = _generations(sides, chosen, generate, device, running, tokenizer) if generate else None
         scores = _scores(sides, tasks, device, running) if tasks else None
     kept.finish()
+    diagnoses = _diagnose(sides, found)
     verdict, reason = decide(
         found.inventory,
         found.tensors,
@@ -108,6 +109,7 @@ def verify(
         tolerance=tolerance,
         layers=found.layers,
         dtype=running,
+        mistakes=[diagnosis.sentence for diagnosis in diagnoses if diagnosis.is_fault],
     )
     return Report(
         reference=str(reference),
@@ -117,7 +119,7 @@ def verify(
         kinds=(sides.reference.view.kind, sides.candidate.view.kind),
         verdict=verdict,
         reason=reason,
-        diagnoses=_diagnose(sides, found),
+        diagnoses=diagnoses,
         inventory=found.inventory,
         tensors=found.tensors,
         biases=found.biases,

@@ -232,12 +232,12 @@ def _same_rounded(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Ten
 def _off_the_sum(rounded: torch.Tensor, candidate: torch.Tensor, slack: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(further from the rounded sum than one unit in the last place and `slack`, off by no more than that)."""
     differs = rounded != candidate
-    near = (_ordinal(rounded) - _ordinal(candidate)).abs() <= 1
+    near = (ordinal(rounded) - ordinal(candidate)).abs() <= 1
     near |= (rounded.double() - candidate.double()).abs() <= slack
     return differs & ~near, differs & near
 
 
-def _ordinal(values: torch.Tensor) -> torch.Tensor:
+def ordinal(values: torch.Tensor) -> torch.Tensor:
     """Floats as int64 in which neighbours are one apart, and both zeros are 0."""
     bits = values.view(ORDERED[values.element_size()]).long()
     return torch.where(bits < 0, -(bits & (2 ** (8 * values.element_size() - 1) - 1)), bits)

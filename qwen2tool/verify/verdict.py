@@ -3,8 +3,8 @@
 A hand-set tolerance is either too loose for fp32 or too tight for bf16. The bar is the reference's own noise, measured
 in the same run: how far its 16-bit run is from its fp32 run on the same text (`limits` holds the multiples). What the
 files show outranks the logits, in both directions; and where matrices differ, so does a layer that does something else
-on the same input than its rounding explains. A user's `tolerance` replaces the bar of the logits and of the layers,
-never what the files show.
+on the same input than its rounding explains. A mistake that is named in the tensors (`diagnose`) is one
+however little it does. A user's `tolerance` replaces all that but what vectors, names and config.json show.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def decide(
     tolerance: float | None = None,
     layers: Sequence[LayerFigures] = (),
     dtype: str = "bfloat16",
+    mistakes: Sequence[str] = (),
 ) -> Decision:
     """The verdict and its reason.
 
@@ -52,7 +53,25 @@ def decide(
         hindrance: why they were not.
         tolerance: the largest mean KLD that passes, instead of the noise.
         layers, dtype: the errors layer by layer, and what the model is meant to run in.
+        mistakes: sentences that name one in the tensors.
     """
+    verdict, reason = _decide(inventory, tensors, biases, figures, floor, hindrance, tolerance, layers, dtype)
+    if verdict != "different" and mistakes and tolerance is None:
+        return "different", f"{mistakes[0].rstrip('.')}; {reason}"
+    return verdict, reason
+
+
+def _decide(
+    inventory: InventoryComparison,
+    tensors: list[TensorComparison],
+    biases: list[str],
+    figures: LogitFigures | None,
+    floor: LogitFigures | None,
+    hindrance: str | None,
+    tolerance: float | None,
+    layers: Sequence[LayerFigures],
+    dtype: str,
+) -> Decision:
     if (fault := _fault_in_files(inventory, tensors, biases)) is not None:
         return "different", fault
     identical = all(tensor.kind == "identical" for tensor in tensors)

@@ -116,7 +116,7 @@ WEIGHTS = [
     Fault("norms of layer 0 all ones", ("norm_reinitialised",), zoo.at(
         lambda z: "model.layers.0.input_layernorm.weight", lambda w, z: torch.ones_like(w))),
     Fault("a NaN in down_proj", ("not_finite",), zoo.at(middle("down", "weight"), zoo.nan_inside), real=True),
-    Fault("one entry of up_proj", ("entry_changed",), zoo.one_entry(middle("up", "weight"), by=100.0)),
+    Fault("one entry of up_proj", ("entry_changed",), zoo.one_entry(middle("up", "weight"))),
     Fault("gate_proj times 1.5", ("weight_scaled",), zoo.at(middle("gate", "weight"), zoo.times(1.5))),
     Fault("rows of q_proj reversed", ("weight_permuted",), zoo.at(middle("q", "weight"), zoo.rows_reversed)),
     Fault("up_proj as new", ("weight_reinitialised",), zoo.at(middle("up", "weight"), zoo.initial)),

@@ -87,12 +87,30 @@ def test_one_entry_is_named_with_both_values(changed: Any) -> None:
     assert f"{UP}[7, 9] is 42 instead of " in found.sentence
 
 
+@pytest.mark.parametrize(("units", "code", "is_fault"), [(1, "entry_rounded", False), (2, "entry_changed", True)])
+def test_one_unit_in_the_last_place_is_no_mistake(changed: Any, units: int, code: str, is_fault: bool) -> None:
+    def edit(state: State) -> None:
+        for _ in range(units):
+            state[UP][7, 9] = torch.nextafter(state[UP][7, 9], torch.tensor(9.0, dtype=state[UP].dtype))
+
+    (found,) = changed(edit)
+    assert (found.code, found.is_fault) == (code, is_fault)
+
+
+def test_rows_of_a_table_may_be_new_tokens(changed: Any) -> None:
+    def edit(state: State) -> None:
+        state["model.embed_tokens.weight"][7:9] += 1
+
+    (found,) = changed(edit)
+    assert found.code == "rows_changed" and not found.is_fault
+
+
 def test_two_entries_are_not_one(changed: Any) -> None:
     def edit(state: State) -> None:
         state[UP][7, 9] = state[UP][50, 3] = 42.0
 
     (found,) = changed(edit)
-    assert found.code == "rows_changed" and "rows 7, 50 (2 of 100)" in found.sentence
+    assert found.code == "rows_changed" and "rows 7, 50 (2 of 100)" in found.sentence and found.is_fault
 
 
 def test_what_is_like_nothing_known_is_called_unknown(changed: Any) -> None:

@@ -15,7 +15,7 @@ from qwen2tool.checkpoint.geometry import Geometry
 from qwen2tool.verify.patterns.finding import Finding, layer_of, noun
 from qwen2tool.verify.patterns.grids import SAMPLE, find_grid, find_roundings, sample_blocks
 from qwen2tool.verify.patterns.orders import find_order, heads_of, near
-from qwen2tool.verify.tensors import BLOCK
+from qwen2tool.verify.tensors import BLOCK, ordinal
 
 EXACT = 2.0**-8
 """Relative error that a rounding of the result to bf16 leaves of an exact relation."""
@@ -134,7 +134,9 @@ def _plain(name: str, reference: torch.Tensor, candidate: torch.Tensor, sums: Su
     if not candidate.any():
         return Finding(code=f"{part}_zero", name=name)
     if sums.differing == 1:
-        return Finding(code="entry_changed", name=name, detail=_entry(reference, candidate, sums.first))
+        one_unit = reference.dtype == candidate.dtype and _units(reference, candidate, sums.first) == 1
+        code = "entry_rounded" if one_unit else "entry_changed"
+        return Finding(code=code, name=name, detail=_entry(reference, candidate, sums.first))
     if sums.scale_residual <= EXACT and abs(sums.scale - 1) > EXACT:
         return Finding(code=f"{part}_scaled", name=name, detail=f"{sums.scale:.3g}")
     if sums.shift_residual <= EXACT and abs(sums.shift) > EXACT * sums.rms:
@@ -143,6 +145,12 @@ def _plain(name: str, reference: torch.Tensor, candidate: torch.Tensor, sums: Su
             code="norm_off_by_one" if off_by_one else f"{part}_shifted", name=name, detail=f"{sums.shift:+.3g}"
         )
     return None
+
+
+def _units(reference: torch.Tensor, candidate: torch.Tensor, position: int) -> int:
+    """Units in the last place between two entries."""
+    one, other = (ordinal(x.reshape(-1)[position : position + 1]) for x in (reference, candidate))
+    return int((one - other).abs())
 
 
 def _entry(reference: torch.Tensor, candidate: torch.Tensor, position: int) -> str:

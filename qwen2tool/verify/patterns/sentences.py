@@ -60,6 +60,8 @@ CODES: dict[str, str] = {
     "adapter_missing": "{which} {lack} {detail}, which other modules have: merge again, with every target module",
     "adapter_scaling": "{which} {hold} {detail}: merge with the scaling of adapter_config.json",
     "entry_changed": "one entry is changed: {detail}; a damaged download or an edit; copy the file again",
+    "entry_rounded": "one entry is one unit in the last place off: {detail}; rounded elsewhere, or a damaged "
+    "download; copy the file again to be sure",
     "bias_scaled": "{which} {are} {detail} times the reference's: undo the factor",
     "norm_scaled": "{which} {are} {detail} times the reference's: undo the factor",
     "weight_scaled": "{which} {are} {detail} times the reference's: undo the factor",
@@ -102,7 +104,7 @@ def sentence(code: str, names: Sequence[str], detail: str, layers: int) -> str:
 
 
 def _with_name(code: str, names: Sequence[str], detail: str) -> str:
-    return f"{names[0]}{detail}" if code == "entry_changed" else detail
+    return f"{names[0]}{detail}" if code.startswith("entry_") else detail
 
 
 def _scaling(detail: str) -> str:
