@@ -81,11 +81,11 @@ def verify_equivalence(
 
     sides: dict[str, Any] = {"adapter": adapter, "adapter_on": adapter_on}
     found = verify(reference, candidate, samples, tokenizer=tokenizer, **sides, **asked, **common)
-    if report is not None:
+    print_json(found.to_json()) if as_json else print_report(found)
+    if report is not None:  # last: a disk that filled up meanwhile must not cost the figures
         from qwen2tool.verify.page import write_page
 
         write_page(found, report)
-    print_json(found.to_json()) if as_json else print_report(found)
     return found.exit_code
 
 

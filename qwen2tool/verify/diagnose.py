@@ -41,8 +41,10 @@ MOST_DETAILS = 4
 WORST = 3
 MAY_BE_WANTED = (
     "rounded_weights", "entry_rounded", "quantised_weights", "low_rank_update", "arithmetic", "unknown",
+    "reference_not_finite",
 )  # fmt: skip
-"""Codes that name no mistake: a dtype, a quantisation, training, the machine, or nothing known."""
+"""Codes that name no mistake of the candidate: a dtype, a quantisation, training, the machine, a reference that is
+itself broken, or nothing known."""
 Pairs = dict[str, tuple[AnyTensor, AnyTensor]]
 """Name -> (reference's, candidate's) of what differs and is not explained yet; each step takes out what it explains."""
 

@@ -19,7 +19,7 @@ from qwen2tool.verify.norms import BiasNorms, norms_by_name
 from qwen2tool.verify.page_style import STYLE
 from qwen2tool.verify.plots import Line, line_plot
 from qwen2tool.verify.report import Report
-from qwen2tool.verify.statistics import LogitFigures
+from qwen2tool.verify.statistics import LogitFigures, format_ratio
 
 VERDICTS = {
     "equivalent": "The candidate is the same function",
@@ -144,7 +144,7 @@ def _figures(report: Report) -> Iterator[str]:
 
 
 def _row(label: str, figures: LogitFigures) -> tuple[object, ...]:
-    ratio = _with_error(figures.ppl_ratio, figures.ppl_ratio_se)
+    ratio = format_ratio(figures.ppl_ratio, figures.ppl_ratio_se)
     mean = _with_error(figures.kld_mean, figures.kld_mean_se)
     top, top5 = f"{figures.same_top:.2%}", f"{figures.same_top5:.2%}"
     nll = _with_error(figures.nll_difference, figures.nll_difference_se)

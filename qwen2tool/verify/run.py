@@ -6,14 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen2tool.checkpoint.adapter import fingerprint
+from qwen2tool.checkpoint.adapter import ADAPTER_CONFIG, fingerprint
 from qwen2tool.checkpoint.folder import Checkpoint
-from qwen2tool.checkpoint.geometry import rope_disagreement
+from qwen2tool.checkpoint.geometry import expected_tensors, rope_disagreement
 from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import Dtype
 from qwen2tool.checkpoint.view import View
@@ -109,6 +110,7 @@ def verify(
         tolerance=tolerance,
         layers=found.layers,
         dtype=running,
+        on_nf4=adapter_on == "nf4",
         mistakes=[diagnosis.sentence for diagnosis in diagnoses if diagnosis.is_fault],
     )
     return Report(
@@ -128,7 +130,7 @@ def verify(
         figures=found.figures,
         floors=found.floors,
         tolerance=tolerance,
-        notes=tuple(_notes(sides, adapter_on, found)),
+        notes=tuple(_notes(sides, adapter_on, found, running)),
         environment=environment(device),
         seconds=time.perf_counter() - start,
         generations=generations,
@@ -228,6 +230,7 @@ def _key(
         s.file for view in (sides.candidate.view,) for t in view.tensors.values() for s in getattr(t, "sources", ())
     }
     files += sorted(sources - set(files))
+    files += sorted({file.parent / ADAPTER_CONFIG for file in sources})  # a candidate's adapters, and their scaling
     files += [file for adapter in sides.reference.adapters for file in sorted(adapter.path.iterdir())]
     return {
         "files": stamp(files),
@@ -243,6 +246,8 @@ def _hindrance(sides: Sides, inventory: InventoryComparison, samples: Sequence[S
         return why
     if "vocab_size" in inventory.config:
         return "the two have different vocabularies"
+    if "hidden_size" in inventory.config:
+        return "the two have hidden states of different widths"
     return None if samples else "nothing in the text is scored"
 
 
@@ -323,14 +328,16 @@ def _coarser(*views: View) -> Dtype:
     return COARSENESS[max(stored, key=order.index)]
 
 
-def _notes(sides: Sides, adapter_on: str, found: _Measured) -> list[str]:
+def _notes(sides: Sides, adapter_on: str, found: _Measured, running: str) -> list[str]:
     """What a reader of the figures has to know beside them."""
     mine, theirs = sides.stored, sides.candidate.view
     notes = [f"{view.path}: {view.lossy}" for view in (mine, theirs) if view.lossy]
     if found.hindrance is not None:
         notes.append(f"layers and logits not compared: {found.hindrance}")
-    elif any(name.endswith(".bias") for name in found.inventory.missing):
+    elif any(name.endswith(".bias") and name in expected_tensors(theirs.geometry) for name in found.inventory.missing):
         notes.append("the candidate ran with zeros for its missing biases, exactly as transformers loads it")
+    if any(not floor.finite and isfinite(floor.nll_reference) for floor in found.floors.values()):
+        notes.append(f"the reference in {running} predicts NaN or Inf on this text; in float32 it does not")
     stored = None
     for adapter in sides.reference.adapters:
         stored = stored or fingerprint(mine.origin)

@@ -9,7 +9,7 @@ from typing import Any
 from qwen2tool.console import console, format_number, print_table, remark, say
 from qwen2tool.verify.layer_figures import PARTS, LayerFigures
 from qwen2tool.verify.report import LISTED, Report
-from qwen2tool.verify.statistics import LogitFigures
+from qwen2tool.verify.statistics import LogitFigures, format_ratio
 from qwen2tool.verify.tensors import count_kinds
 
 STYLE = {"equivalent": "bold green", "different": "bold red", "undecided": "bold yellow"}
@@ -49,7 +49,7 @@ def _print_files(report: Report) -> None:
     say(f"tensors: {classes}, {len(found.missing)} missing, {len(found.extra)} extra")
     say(f"biases: {found.candidate_biases} in the candidate, {found.reference_biases} in the reference")
     if one_off := sum(tensor.one_off for tensor in report.tensors):
-        say(f"one unit in the last place off base + adapter: {one_off:,} entries")
+        say(f"one unit in the last place off base + adapter: {one_off:,} {'entry' if one_off == 1 else 'entries'}")
     if report.worst:
         rows = [
             (t.name, t.max_abs, t.relative_error, "-" if isnan(t.cosine) else t.cosine) for t in report.worst[:LISTED]
@@ -62,7 +62,7 @@ def _print_layers(report: Report) -> None:
     layers, first = report.layers, report.first_beyond
     say("")
     if not any(error for layer in layers for error in (*layer.own.values(), *layer.accumulated.values())):
-        say(f"layers: all {len(layers)} compute the same to the last bit")
+        say(_all_the_same(layers))
     else:
         worst = sorted(layers, key=_badness, reverse=True)[:MOST_LAYERS]
         of = "" if len(worst) == len(layers) else f", {len(worst)} of {len(layers)} layers"
@@ -74,6 +74,14 @@ def _print_layers(report: Report) -> None:
         say(f"first beyond its noise: {first.part} of layer {first.layer}, {_short(first.error)}; {noise}")
     if any(layer.gradients for layer in layers):
         _print_gradients(report)
+
+
+def _all_the_same(layers: list[LayerFigures]) -> str:
+    both = sum(bool(layer.own) for layer in layers)
+    if (alone := len(layers) - both) == 0:
+        return f"layers: all {both} compute the same to the last bit"
+    verb = "is" if alone == 1 else "are"
+    return f"layers: the {both} that both sides have compute the same to the last bit; {alone} {verb} on one side only"
 
 
 def _badness(layer: LayerFigures) -> tuple[float, float]:
@@ -125,7 +133,7 @@ def _print_logits(report: Report, figures: LogitFigures) -> None:
     title = f"{figures.tokens} scored tokens, reference PPL {format_number(figures.ppl_reference)}"
     rows = [_row(f"noise {n}", floor) for n, floor in enumerate(floors.values(), 1)]
     print_table(title, LOGITS, [*rows, _row("candidate", figures)])
-    ratio = f"{format_number(figures.ppl_ratio)} ± {figures.ppl_ratio_se:.1e}"
+    ratio = format_ratio(figures.ppl_ratio, figures.ppl_ratio_se)
     say(f"NLL difference {figures.nll_difference:+.2e} ± {figures.nll_difference_se:.1e}, PPL ratio {ratio}")
     say("; ".join(f"noise {n}: {name}" for n, name in enumerate(floors, 1)))
     if report.tolerance is not None:

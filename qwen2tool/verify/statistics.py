@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import exp, inf, isfinite, nan
+from math import exp, floor, inf, isfinite, log10, nan
 from typing import Any
 
 import torch
@@ -201,6 +201,20 @@ def summarise(figures: TokenFigures) -> LogitFigures:
         ppl_ratio=ratio,
         ppl_ratio_se=ratio * _standard_error(log_ratio),
     )
+
+
+def format_ratio(value: float, error: float) -> str:
+    """A value near 1 with as many decimals as its standard error has: 1.000118 ± 0.000043, never 1 ± 4e-05."""
+    if value == 1 and error == 0:
+        return "1 ± 0"
+    if not (0 < error < 100 and 1e-6 <= value < 1e6):
+        return f"{_plain(value)} ± {error:.1e}"
+    places = min(max(1 - floor(log10(error)), 0), 12)
+    return f"{value:,.{places}f} ± {error:,.{places}f}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}" if 1e-3 <= value < 1e6 else f"{value:.2e}"
 
 
 def _standard_error(values: torch.Tensor) -> float:

@@ -30,6 +30,10 @@ Verdict = Literal["equivalent", "different", "undecided"]
 Decision = tuple[Verdict, str]
 ROUNDING_ADVICE = "what was lost was lost in the rounding of the weights, so store them finer (merge --dtype float32)"
 """Where a right merge is another function: 0.76 of the update of a 7B trained for 30 steps was lost to bf16."""
+NF4_ADVICE = (
+    "the adapter was trained on the NF4 base, and this is a right merge onto the 16-bit base, which is another "
+    "function; leave --adapter-on out to hold it against the 16-bit base"
+)
 
 
 def decide(
@@ -43,6 +47,7 @@ def decide(
     tolerance: float | None = None,
     layers: Sequence[LayerFigures] = (),
     dtype: str = "bfloat16",
+    on_nf4: bool = False,
     mistakes: Sequence[str] = (),
 ) -> Decision:
     """The verdict and its reason.
@@ -53,9 +58,11 @@ def decide(
         hindrance: why they were not.
         tolerance: the largest mean KLD that passes, instead of the noise.
         layers, dtype: the errors layer by layer, and what the model is meant to run in.
+        on_nf4: whether the reference's logits are those of adapters on the base in NF4, unlike its tensors.
         mistakes: sentences that name one in the tensors.
     """
-    verdict, reason = _decide(inventory, tensors, biases, figures, floor, hindrance, tolerance, layers, dtype)
+    advice = NF4_ADVICE if on_nf4 else ROUNDING_ADVICE
+    verdict, reason = _decide(inventory, tensors, biases, figures, floor, hindrance, tolerance, layers, dtype, advice)
     if verdict != "different" and mistakes and tolerance is None:
         return "different", f"{mistakes[0].rstrip('.')}; {reason}"
     return verdict, reason
@@ -71,6 +78,7 @@ def _decide(
     tolerance: float | None,
     layers: Sequence[LayerFigures],
     dtype: str,
+    advice: str,
 ) -> Decision:
     if (fault := _fault_in_files(inventory, tensors, biases)) is not None:
         return "different", fault
@@ -86,14 +94,15 @@ def _decide(
     if identical:
         return _by_identity(figures)
     if figures.tokens < FEWEST_TOKENS:
-        return "undecided", f"the text scores only {figures.tokens} tokens; at least {FEWEST_TOKENS} are needed"
+        tokens = "1 token" if figures.tokens == 1 else f"{figures.tokens} tokens"
+        return "undecided", f"the text scores only {tokens}; at least {FEWEST_TOKENS} are needed"
     different = [t for t in tensors if t.kind == "different"]
     if tolerance is not None:
         return _by_tolerance(different, figures, tolerance)
     if not floor.finite:
         return "undecided", "the reference in its 16-bit dtype predicts NaN or Inf: there is no noise to judge by"
     first = first_beyond(layers, dtype)
-    decision = _by_logits(different, figures, floor)
+    decision = _by_logits(different, figures, floor, advice)
     if not different or first is None:
         return decision
     return _by_layers(decision, first, worst_beyond(layers, dtype) or first)
@@ -130,7 +139,7 @@ def _by_identity(figures: LogitFigures) -> Decision:
     )
 
 
-def _by_logits(different: list[TensorComparison], figures: LogitFigures, floor: LogitFigures) -> Decision:
+def _by_logits(different: list[TensorComparison], figures: LogitFigures, floor: LogitFigures, advice: str) -> Decision:
     """The rule of the bars, for tensors that are not all identical."""
     mean_ratio = figures.kld_mean / max(floor.kld_mean, SMALLEST_MEAN_KLD)
     tail_ratio = figures.kld_99 / max(floor.kld_99, SMALLEST_99_KLD)
@@ -138,7 +147,7 @@ def _by_logits(different: list[TensorComparison], figures: LogitFigures, floor: 
     tensors = _account(different)
     noise = f"{mean_ratio:.3g} times the reference's own noise in the mean and {tail_ratio:.3g} at 99 %"
     if mean_ratio - margin > NOISE_MULTIPLE and not different:
-        return "different", f"the logits differ by {noise}, though {tensors}: {ROUNDING_ADVICE}"
+        return "different", f"the logits differ by {noise}, though {tensors}: {advice}"
     if mean_ratio - margin > NOISE_MULTIPLE:
         return "different", f"the logits differ by {noise}, and {tensors}"
     if max(mean_ratio, tail_ratio) > NOISE_MULTIPLE:

@@ -16,7 +16,7 @@ from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.console import remark
 from qwen2tool.errors import UserError
 
-STATE, ROWS = "state.json", "rows"
+STATE, FRESH, ROWS = "state.json", "state.json.new", "rows"
 
 
 class Work:
@@ -34,7 +34,7 @@ class Work:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if any(file.name not in (STATE, ROWS) for file in folder.iterdir()):
+        if any(file.name not in (STATE, FRESH, ROWS) for file in folder.iterdir()):
             raise UserError(f"{folder}: holds other files than those of a comparison", "Name a new folder for --work")
         state = read_json(folder / STATE) if (folder / STATE).is_file() else {}
         if state.get("key") == self._key:
@@ -57,7 +57,7 @@ class Work:
         if self.folder is None:
             return
         self._done[name] = value
-        fresh = self.folder / f"{STATE}.new"
+        fresh = self.folder / FRESH
         fresh.write_text(json.dumps({"key": self._key, "done": self._done}), encoding="utf-8")
         fresh.replace(self.folder / STATE)
 

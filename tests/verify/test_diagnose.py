@@ -344,3 +344,15 @@ def test_a_changed_matrix_of_a_quantised_reference_is_not_its_original(tmp_path:
     assert (found.code, found.tensors) == ("unknown", (UP,))
     (found,) = diagnosed(quantised, base_folder)
     assert found.code == "quantised_weights" and "where the reference went through NF4" in found.sentence
+
+
+def test_a_reference_that_is_not_finite_is_named_and_the_candidate_is_not_blamed(
+    tmp_path: Path, base_folder: Path
+) -> None:
+    def break_one(state: State) -> None:
+        state[UP][3, 5] = torch.nan
+
+    bad = variant(base_folder, tmp_path / "bad", break_one)
+    (found,) = diagnosed(bad, base_folder)
+    assert (found.code, found.tensors, found.is_fault) == ("reference_not_finite", (UP,), False)
+    assert "The reference's own up_proj.weight of layer 1 holds NaN or Inf" in found.sentence

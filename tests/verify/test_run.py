@@ -302,3 +302,42 @@ def test_an_adapter_of_another_base_is_noted(
     report = run(base_folder, merged_folder, adapter=marked)
     assert report.verdict == "equivalent"
     assert any("another base" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_models_of_other_widths_are_different(tmp_path: Path, base_folder: Path, exchanged: bool) -> None:
+    sides = (base_folder, write_tiny(tmp_path / "wide", hidden_size=96))
+    report = run(*(reversed(sides) if exchanged else sides), gradients=True)
+    assert (report.verdict, report.figures) == ("different", None)
+    assert "layers and logits not compared: the two have hidden states of different widths" in report.notes
+
+
+def test_a_layer_that_was_cut_off_with_its_config_did_not_run_on_zeros(tmp_path: Path, base_folder: Path) -> None:
+    def cut(state: State) -> State:
+        return {name: tensor for name, tensor in state.items() if not name.startswith("model.layers.2.")}
+
+    short = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    report = run(base_folder, variant(base_folder, tmp_path / "cut", cut, short))
+    assert report.verdict == "different" and report.figures is not None
+    assert not any("zeros" in note for note in report.notes)
+    bare = run(base_folder, variant(base_folder, tmp_path / "bare", without("2.self_attn.v_proj.bias")))
+    assert any("zeros" in note for note in bare.notes)
+
+
+def test_a_reference_that_overflows_is_noted(tmp_path: Path, base_folder: Path) -> None:
+    def enlarge(state: State) -> None:
+        state["model.layers.0.self_attn.q_proj.bias"][0] = 1e5
+
+    large = variant(base_folder, tmp_path / "large", enlarge)
+    assert any("in float16 predicts NaN" in note for note in run(large, large, dtype="float16").notes)
+    assert not any("predicts NaN" in note for note in run(large, large).notes)
+    broken = variant(base_folder, tmp_path / "broken", lambda state: {k: v * torch.nan for k, v in state.items()})
+    assert not any("predicts NaN" in note for note in run(broken, broken).notes)
+
+
+def test_a_merge_onto_16_bit_is_not_blamed_for_its_rounding(
+    base_folder: Path, adapter_folder: Path, merged_folder: Path
+) -> None:
+    report = run(base_folder, merged_folder, adapter=adapter_folder, adapter_on="nf4")
+    assert report.verdict == "different"
+    assert "NF4 base" in report.reason and "float32" not in report.reason

@@ -8,6 +8,7 @@ import pytest
 
 from qwen2tool.verify.run import verify
 from qwen2tool.verify.show import print_report
+from qwen2tool.verify.statistics import format_ratio
 from tests.verify.common import State, random_samples, variant, without
 
 
@@ -61,3 +62,24 @@ def test_the_layer_at_fault_is_marked(tmp_path: Path, base_folder: Path, capsys:
 def test_identical_layers_need_no_table(base_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_report(verify(base_folder, base_folder, random_samples()))
     assert "layers: all 3 compute the same to the last bit" in capsys.readouterr().out.splitlines()
+
+
+def test_layers_that_one_side_lacks_are_not_called_the_same(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cut(state: State) -> State:
+        return {name: tensor for name, tensor in state.items() if not name.startswith("model.layers.2.")}
+
+    short = variant(base_folder, tmp_path / "cut", cut, {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    print_report(verify(base_folder, short, random_samples()))
+    lines = capsys.readouterr().out.splitlines()
+    assert "layers: the 2 that both sides have compute the same to the last bit; 1 is on one side only" in lines
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "shown"),
+    [(1.00011812, 4.3e-5, "1.000118 ± 0.000043"), (0.8358, 1.1e-2, "0.836 ± 0.011"), (1.0, 0.0, "1 ± 0"),
+     (1.5e9, 2e8, "1.50e+09 ± 2.0e+08"), (1.0, float("nan"), "1 ± nan")],
+)  # fmt: skip
+def test_a_ratio_has_the_digits_of_its_error(ratio: float, error: float, shown: str) -> None:
+    assert format_ratio(ratio, error) == shown

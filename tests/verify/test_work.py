@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -39,10 +40,10 @@ def run(base: Path, candidate: Path, work: Path, **options: Any) -> Any:
     return verify(base, candidate, random_samples(), work=work, **options)
 
 
-def killed(base: Path, candidate: Path, work: Path, steps: list[int]) -> None:
+def killed(base: Path, candidate: Path, work: Path, steps: list[int], **options: Any) -> None:
     steps[:] = [-1]
     with pytest.raises(Killed):
-        run(base, candidate, work)
+        run(base, candidate, work, **options)
     assert steps == [-1, 0, 1]
     steps.clear()
 
@@ -88,3 +89,26 @@ def test_a_killed_run_leaves_only_its_own_files_and_takes_no_others(
     with pytest.raises(UserError, match="other files"):
         run(base_folder, merged_folder, mine)
     assert (mine / "config.json").is_file()
+
+
+def test_a_kill_while_the_state_is_written_does_not_close_the_folder(
+    tmp_path: Path, base_folder: Path, merged_folder: Path, steps: list[int]
+) -> None:
+    work = tmp_path / "work"
+    killed(base_folder, merged_folder, work, steps)
+    (work / "state.json.new").write_text('{"key": ')
+    run(base_folder, merged_folder, work)
+    assert steps[0] > 0 and not work.exists()
+
+
+def test_another_scaling_of_the_candidates_adapter_starts_afresh(
+    tmp_path: Path, base_folder: Path, adapter_folder: Path, steps: list[int]
+) -> None:
+    adapter, work = tmp_path / "adapter", tmp_path / "work"
+    shutil.copytree(adapter_folder, adapter)
+    killed(base_folder, base_folder, work, steps, candidate_adapter=adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+    resumed = run(base_folder, base_folder, work, candidate_adapter=adapter)
+    afresh = verify(base_folder, base_folder, random_samples(), candidate_adapter=adapter)
+    assert resumed.figures == afresh.figures

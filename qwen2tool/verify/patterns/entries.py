@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 
@@ -128,6 +128,8 @@ def examine(name: str, reference: torch.Tensor, candidate: torch.Tensor, shape: 
 
 def _plain(name: str, reference: torch.Tensor, candidate: torch.Tensor, sums: Sums) -> Finding | None:
     part = noun(name)
+    if not sums.not_finite and not (isfinite(sums.rr) and isfinite(sums.r)):
+        return Finding(code="reference_not_finite", name=name)
     if sums.not_finite:
         why = "overflow" if sums.overflown == sums.not_finite else ""
         return Finding(code="not_finite", name=name, detail=why)

@@ -17,6 +17,8 @@ BIASES = "bring {them} back with qwen2tool convert --biases-from ORIGINAL"
 
 CODES: dict[str, str] = {
     "not_finite": "{which} {hold} NaN or Inf{detail}",
+    "reference_not_finite": "the reference's own {which} {hold} NaN or Inf, so nothing can be held against {them}: "
+    "copy or download the reference again",
     "bias_missing": f"{{which}} {{are}} missing, and readers fill in zeros: {BIASES}",
     "bias_ignored": "{which} {are} in the files, but config.json calls the model a Llama without attention_bias, so "
     "readers pass over {them}: set model_type to qwen2, or attention_bias to true",
