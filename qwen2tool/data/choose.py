@@ -22,7 +22,7 @@ def choose_samples(folder: Path, text: Path | None, data: Path | None, max_lengt
     tokenizer = load_tokenizer(folder)
     if text:
         if not text.is_file():
-            raise UserError(f"{text}: no such file", "Check the path given to --text")
+            raise UserError(f"{text}: no such file, or a folder", "Check the path given to --text")
         samples = encode_text(tokenizer, text.read_text(encoding="utf-8", errors="replace"), max_length)
     else:
         file, last = (data, 0) if data else _bundled()
@@ -30,7 +30,7 @@ def choose_samples(folder: Path, text: Path | None, data: Path | None, max_lengt
         samples = [encode_conversation(tokenizer, c, n, max_length) for n, c in enumerate(conversations)]
         samples = [sample for sample in samples if any(sample.scored[1:])]
     if not samples:
-        raise UserError(f"{text or data}: nothing in it can be scored", "Give a longer text, or raise --max-length")
+        raise UserError(f"{text or data or 'the bundled text'}: nothing in it can be scored", "Give a longer text, or raise --max-length")
     return samples
 
 

@@ -26,6 +26,7 @@ from tests.convert.common import hashes
 FIVE = Options(max_shard_bytes=65_000)
 KILLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite run in the background ignores it, and so would we
 from pathlib import Path
 from qwen2tool.convert import plan
 from qwen2tool.convert.run import Options, convert
