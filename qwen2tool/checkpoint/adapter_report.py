@@ -307,7 +307,7 @@ def _cover_findings(sections: dict[str, Any]) -> Iterator[str]:
     for name, target in sections["targets"].items():
         if target["missing"]:
             yield (
-                f"{name} is adapted in {len(target['layers'])} of {layers} layers, not in "
+                f"{name} is adapted in {len(target['layers'])} of {layers} layers, not in layer "
                 f"{format_ranges(target['missing'])}, and adapter_config.json does not say so"
             )
     for name in settings["target_modules"]:

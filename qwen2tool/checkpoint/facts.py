@@ -102,6 +102,7 @@ def files_section(checkpoint: Checkpoint) -> dict[str, Any]:
         "declared_bytes": declared.get("total_size") if isinstance(declared, dict) else None,
         "tensor_bytes": checkpoint.nbytes,
         "leftovers": [_leftover(checkpoint, path) for path in checkpoint.leftovers],
+        "adapter": (checkpoint.folder / "adapter_config.json").is_file() if checkpoint.commit is None else None,
         "commit": checkpoint.commit,
         "unread": dict(checkpoint.unread),
         "assumed": list(checkpoint.assumed),

@@ -130,8 +130,11 @@ def _is_counts(value: Any) -> bool:
 
 
 def is_text(name: str) -> bool:
-    """JSON can spell half a character (a lone surrogate), which no output could show."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    """JSON can spell half a character, which no output could show, or a line break or an escape sequence.
+
+    Printed, these could write a line of a report that is none of ours.
+    """
+    return name.isprintable()
 
 
 def _entry(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -110,6 +110,11 @@ def require_whole(checkpoint: Checkpoint) -> None:
         UserError: another architecture, a missing or extra tensor, or a shape that disagrees with config.json.
     """
     kind = checkpoint.geometry.model_type
+    if kind == "qwen":
+        raise UserError(
+            f"{checkpoint.path}: a Qwen (1), which is a Qwen2 under other names",
+            f"Make a Qwen2 of it with `qwen2tool convert {checkpoint.path} OUT`, and use that",
+        )
     if kind != "qwen2":
         raise UserError(
             f"{checkpoint.path}: model_type is {kind!r}, not 'qwen2'",

@@ -43,7 +43,7 @@ def judge(sections: Sections) -> Judgement:
     if verdict.startswith("not qwen2"):
         headline = f"{verdict}: nothing is said about its biases"
         return Judgement(verdict=verdict, biases_sound=False, headline=headline, findings=(), notes=())
-    damage = _damage(sections["biases"], sections["geometry"]["model_type"] == "llama")
+    damage = _damage(sections["biases"], sections["geometry"])
     findings = [
         *_bias_findings(sections),
         *_bias_value_findings(sections),
@@ -71,10 +71,10 @@ def _verdict(sections: Sections) -> str:
     return "qwen2 with missing biases" if biases["missing"] else "qwen2"
 
 
-def _damage(biases: Sections, llama: bool) -> str | None:
+def _damage(biases: Sections, shape: Sections) -> str | None:
     """What is wrong with the biases, in the words that a worried user reads first; None where nothing is."""
     expected, missing, zero = biases["expected"], biases["missing"], biases["zero"]
-    if missing == expected and llama:
+    if missing == expected and shape["model_type"] == "llama":
         return f"none of the {expected} q/k/v biases that a Qwen2 has is there; a Llama has none"
     if missing:
         return f"{missing} of {expected} q/k/v biases are MISSING"
@@ -89,6 +89,8 @@ def _damage(biases: Sections, llama: bool) -> str | None:
         return f"{but} {sum(odd.values())} of them as {', '.join(odd)}, which is no bias that can be added"
     if biases["read"] and len(_norms(biases)) < expected:
         return f"{but} {expected - len(_norms(biases))} of them in a shape that is no bias"
+    if not shape["attention_bias"]:
+        return f"{but} config.json does not set attention_bias, so Llama readers drop them all"
     return None
 
 
@@ -175,7 +177,7 @@ def _tensor_findings(sections: Sections) -> Iterator[str]:
             f"it has {shapes['found']}, config.json asks for {shapes['expected']}"
         )
     if extra:
-        yield f"{count(extra, 'tensor')} that no such model has, the first is {extra[0]}"
+        yield f"{count(extra, 'tensor')} there that no such model has, the first is {extra[0]}"
 
 
 def _explained(name: str, sections: Sections) -> bool:
@@ -202,6 +204,11 @@ def _config_findings(sections: Sections) -> Iterator[str]:
     beyond = [stop["id"] for stop in sections["generation"]["stops_at"] if not 0 <= stop["id"] < shape["vocab_size"]]
     if beyond:
         yield f"generation stops at id {beyond[0]}, which the vocabulary of {shape['vocab_size']} rows does not have"
+    if sections["files"]["adapter"] and sections["files"]["format"] != "gguf":
+        yield (
+            "adapter_config.json lies beside the weights: transformers adds that adapter when it loads this folder, "
+            "other readers do not; keep it in a folder of its own"
+        )
     quantization = sections["quantization"]
     if quantization["config"] is not None and not quantization["evidence"]:
         yield "config.json has a quantization_config, but no tensor is stored packed"

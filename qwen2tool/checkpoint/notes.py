@@ -37,6 +37,8 @@ def extra_stats(biases: Sections) -> Iterator[tuple[str, Sections]]:
 
 def _layout_notes(sections: Sections) -> Iterator[str]:
     head, biases = sections["head"], sections["biases"]
+    if biases["missing"] or biases["zero"]:
+        yield "lost biases come back from the original: qwen2tool convert THIS OUT --biases-from ORIGINAL"
     llama = sections["geometry"]["model_type"] == "llama"
     if head["tied"] and head["lm_head"] in ("present", "equal"):
         yield "the head is tied, and lm_head.weight is stored all the same" + (

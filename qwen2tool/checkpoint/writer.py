@@ -80,6 +80,20 @@ def require_apart(target: Path, *sources: Path) -> None:
             raise UserError(f"{target}: replacing it would delete {kept.resolve()}", "Choose another output")
 
 
+def require_checkpoint_or_empty(target: Path) -> None:
+    """Passes where a folder `target` that is to be replaced holds a checkpoint, or nothing at all.
+
+    Raises:
+        UserError: it holds something else, which nobody means by "replace the output".
+    """
+    files = sorted(file.name for file in target.iterdir()) if target.is_dir() else []
+    if files and "config.json" not in files:
+        raise UserError(
+            f"{target}: holds {files[0]} and no checkpoint that could be replaced",
+            "Choose another output, or empty that folder yourself",
+        )
+
+
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill; it takes the name `target` when the block ends well, and is removed when it does not.

@@ -13,7 +13,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint: folder, .gguf file or Hub id.")],
+    source: Annotated[str, typer.Argument(help="Checkpoint: folder, .safetensors, .bin or .gguf file, or Hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder; with --to gguf a new file.")],
     to: Annotated[
         str, typer.Option(help="qwen2 (safetensors folder), llama (Llama's layout), nf4 (bitsandbytes) or gguf.")
@@ -55,7 +55,7 @@ def convert(
         tie_head=tie_head,
         max_length=max_length,
     )
-    report = run(source, out, options, biases_from=biases_from, revision=revision, overwrite=overwrite)
+    report = run(source, out.expanduser(), options, biases_from=biases_from, revision=revision, overwrite=overwrite)
     print_json(report.to_json()) if as_json else print_report(report)
 
 

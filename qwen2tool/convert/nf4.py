@@ -63,11 +63,11 @@ def view_of_packed(checkpoint: Checkpoint) -> View:
     Raises:
         UserError: packed by something else, or parts of a packed weight are missing or do not fit each other.
     """
-    method = (checkpoint.geometry.quantization or {}).get("quant_method", "bitsandbytes")
+    method = _method(checkpoint)
     if method != "bitsandbytes":
         raise UserError(
-            f"{checkpoint.path}: quantised by {ascii(method)[:40]}, whose weights are not read here",
-            "Name the 16-bit checkpoint that it was made from",
+            f"{checkpoint.path}: is quantised by {ascii(method)[:40]}, which is not dequantised here",
+            "Use the 16-bit checkpoint that it was made from, or a bitsandbytes or GGUF copy",
         )
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     opened = {name: _open(checkpoint, name, _kind(checkpoint, name)) for name in checkpoint.tensors}
@@ -84,6 +84,14 @@ def view_of_packed(checkpoint: Checkpoint) -> View:
         kind=f"bitsandbytes {kinds}" if kinds else "qwen2",
         lossy=f"the weights before they were rounded to {kinds} do not come back" if kinds else "",
     )
+
+
+def _method(checkpoint: Checkpoint) -> object:
+    """The quant_method of config.json; where it names none, as early savers did, what the tensors say."""
+    config = checkpoint.geometry.quantization
+    if config is None or config.get("quant_method") is not None:
+        return "bitsandbytes" if config is None else config["quant_method"]
+    return "bitsandbytes" if any(_kind(checkpoint, name) for name in checkpoint.tensors) else None
 
 
 def _part_names(name: str) -> list[str]:

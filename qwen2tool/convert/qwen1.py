@@ -129,7 +129,7 @@ def to_qwen2_config(config: Config, dtype: str | None = None) -> Config:
 
 
 def _require_plain(checkpoint: Checkpoint) -> None:
-    config, path = checkpoint.config, checkpoint.path
+    config, path, file = checkpoint.config, checkpoint.path, checkpoint.folder / "config.json"
     packed = next((name for name in checkpoint.tensors if name.endswith((".qweight", ".SCB", ".absmax"))), None)
     if checkpoint.geometry.quantization is not None or packed:
         method = ascii((checkpoint.geometry.quantization or {}).get("quant_method", packed))[:60]
@@ -137,14 +137,14 @@ def _require_plain(checkpoint: Checkpoint) -> None:
     for key, usual in USUAL.items():
         if config.get(key) is not None and config[key] not in usual:
             raise UserError(
-                f"{path}: config.json says {key}: {ascii(config[key])[:40]}, for which Qwen2 has no counterpart",
+                f"{file}: says {key}: {ascii(config[key])[:40]}, for which Qwen2 has no counterpart",
                 "Use the original Qwen (1) tools for this model",
             )
     for key in ("seq_length", "layer_norm_epsilon"):
         if config.get(key) is None:
-            raise UserError(f"{path}: config.json has no {key}", "Copy config.json again from the original model")
+            raise UserError(f"{file}: has no {key}", "Copy config.json again from the original model")
     if (config.get("ffn_hidden_size") or config["intermediate_size"]) % 2:
-        raise UserError(f"{path}: intermediate_size is odd, but gate and up share it", "Copy config.json again")
+        raise UserError(f"{file}: intermediate_size is odd, but gate and up share it", "Copy config.json again")
 
 
 def _beyond(config: Config) -> str:

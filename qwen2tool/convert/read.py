@@ -91,12 +91,6 @@ def _layers_of(checkpoint: Checkpoint, tie_head: bool, max_length: int | None) -
 
         view = view_of_qwen1(checkpoint, max_length)
     elif quantization is not None:
-        if quantization.get("quant_method") != "bitsandbytes":
-            raise UserError(
-                f"{checkpoint.path}: is quantised by {ascii(quantization.get('quant_method'))[:40]}, "
-                "which is not dequantised here",
-                "Use the 16-bit checkpoint that it was made from, or a bitsandbytes or GGUF copy",
-            )
         from qwen2tool.convert.nf4 import view_of_packed
 
         view = view_of_packed(checkpoint)

@@ -99,10 +99,15 @@ def _biases(biases: dict[str, Any]) -> str:
 def _damage(damage: dict[str, Any]) -> str:
     if "worst" in damage:
         return (
-            f"{damage['what']}: relative error {damage['median_relative_error']:.1%} (median), "
-            f"{damage['worst_relative_error']:.1%} in {damage['worst']}; {damage['exact']} other tensors exact"
+            f"{damage['what']}: relative error {_share(damage['median_relative_error'])} (median), "
+            f"{_share(damage['worst_relative_error'])} in {damage['worst']}; {damage['exact']} other tensors exact"
         )
     return (
         f"{damage['what']}: mean KLD {damage['mean_kld']:.3g}, same top-1 {damage['same_top1']:.1%}, perplexity "
         f"{damage['perplexity_before']:,.4g} before, {damage['perplexity_after']:,.4g} after"
     )
+
+
+def _share(value: float) -> str:
+    """A percentage; a power of ten where one digit behind the point would say 0.0 of what is not 0."""
+    return f"{value:.1%}" if value >= 5e-4 or not value else f"{value:.1e}"

@@ -24,6 +24,7 @@ from qwen2tool.checkpoint.writer import (
     copy_side_files,
     plan_shards,
     require_apart,
+    require_checkpoint_or_empty,
     require_free,
     write_index,
     write_json,
@@ -109,10 +110,13 @@ def convert(
     options.check()
     if options.to != "gguf":
         require_free(out, overwrite)
+        require_checkpoint_or_empty(out)
     view, original, restored = _open(source, biases_from, revision, options)
     if options.to == "gguf":
-        from qwen2tool.convert.to_gguf import write_gguf_file
+        from qwen2tool.convert.to_gguf import require_no_part, write_gguf_file
 
+        if original is not None:
+            require_no_part(out, original)
         return write_gguf_file(view, source, out, options.gguf_type, overwrite, restored, start)
     require_apart(out, view.path, *((original.path,) if original else ()))
     job = plan_job(view, options.to, options.dtype, drop_biases=options.drop_biases, allow_lossy=options.allow_lossy)
@@ -152,7 +156,7 @@ def _key(view: View, original: View | None, options: Options) -> str:
 
 def _files(checkpoint: Checkpoint) -> list[list[object]]:
     """The files as they are now; a fingerprint would miss a change in the middle of a matrix."""
-    config = checkpoint.path / "config.json"
+    config = checkpoint.folder / "config.json"
     files = {info.file for info in checkpoint.tensors.values()} | ({config} if config.is_file() else set())
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
 

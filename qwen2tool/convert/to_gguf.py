@@ -34,8 +34,7 @@ def write_gguf_file(
     Raises:
         UserError: see `write_gguf`; an output that is a part of the source.
     """
-    if out.exists() and out.resolve() in {info.file.resolve() for info in view.origin.tensors.values()}:
-        raise UserError(f"{out}: replacing it would delete what it is made from", "Choose another output")
+    require_no_part(out, view)
     with progress("writing GGUF", sum(tensor.nbytes for tensor in view.tensors.values())) as advance:
         write_gguf(
             view, out, cast(GgufKind, kind), overwrite=overwrite,
@@ -57,6 +56,16 @@ def write_gguf_file(
     write_json(out.with_suffix("." + MANIFEST), manifest)
     nbytes = sum(info.nbytes for info in after.origin.tensors.values())
     return report_of(out, view, job, manifest, ["tokenizer"], 0, nbytes, restored, time.perf_counter() - start)
+
+
+def require_no_part(out: Path, view: View) -> None:
+    """Passes where `out` is none of the files that `view` is read from.
+
+    Raises:
+        UserError: it is one.
+    """
+    if out.exists() and out.resolve() in {info.file.resolve() for info in view.origin.tensors.values()}:
+        raise UserError(f"{out}: replacing it would delete what it is made from", "Choose another output")
 
 
 def _job(view: View, out: Path, kind: str) -> tuple[Job, dict[str, str]]:

@@ -165,7 +165,7 @@ def test_layers_that_the_config_leaves_out_are_no_fault(changes, base_folder, tm
 def test_last_layers_are_missed_where_the_base_is_here(copy):
     edit(copy, lambda t: [t.pop(name) for name in list(t) if "layers.2." in name])
     report = inspect_adapter(copy)
-    assert len(report.findings) == 7 and "in 2 of 3 layers, not in 2," in report.findings[0]
+    assert len(report.findings) == 7 and "in 2 of 3 layers, not in layer 2," in report.findings[0]
     edit_json(copy / ADAPTER_CONFIG, base_model_name_or_path="owner/name")
     assert inspect_adapter(copy).exit_code == 0  # nobody says how many layers there are
 

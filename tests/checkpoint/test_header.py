@@ -115,3 +115,12 @@ def test_sizes_are_those_of_torch():
 
     assert ITEM_BYTES.keys() == TORCH_DTYPE.keys()
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPE.items()} == ITEM_BYTES
+
+
+@pytest.mark.parametrize("name", ["a\nverdict: qwen2", "a\x1b[31m", "a\u202e"])
+def test_names_that_would_write_lines_of_a_report(name, tmp_path):
+    """Other readers take them; printed, they could forge a verdict or recolour a terminal."""
+    file = raw_file(tmp_path / "bad.safetensors", {name: entry(0, 4)}, bytes(4))
+    with pytest.raises(UserError, match="corrupt header entry for tensor") as caught:
+        read_header(file)
+    assert caught.value.what.isprintable()

@@ -9,6 +9,7 @@ from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.inventory import require_whole, take_inventory
 from qwen2tool.errors import EXIT_FINDING, EXIT_UNUSABLE, UserError
 from tests.checkpoint.edits import drop, edit_config, put
+from tests.convert.qwen1_model import write_qwen1
 from tests.tiny import write_tiny
 
 K1 = "model.layers.1.self_attn.k_proj.bias"
@@ -96,3 +97,9 @@ def test_packed_linears_may_lack_their_weight_but_never_a_bias(base_copy):
     assert take_inventory(open_checkpoint(base_copy)).missing == (K1, "model.layers.2.self_attn.q_proj.weight")
     edit_config(base_copy, quantization_config=None)
     assert len(take_inventory(open_checkpoint(base_copy)).missing) == 4
+
+
+def test_the_first_qwen_is_sent_to_convert(tmp_path):
+    with pytest.raises(UserError) as caught:
+        require_whole(open_checkpoint(write_qwen1(tmp_path / "qwen1")))
+    assert "Qwen (1)" in caught.value.what and f"qwen2tool convert {tmp_path / 'qwen1'} OUT" in caught.value.fix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,11 @@ def test_a_llama_layout_with_the_biases(base_copy):
 
 def test_a_llama_layout_that_will_drop_the_biases(base_copy):
     edit_config(base_copy, model_type="llama")
-    assert_wrong(inspect_checkpoint(base_copy), "llama layout with qwen2 biases", "attention_bias", "9 q/k/v biases")
+    report = inspect_checkpoint(base_copy)
+    assert_wrong(report, "llama layout with qwen2 biases", "attention_bias", "9 q/k/v biases")
+    assert report.judgement.state == "WRONG" and "attention_bias" in report.headline and "drop" in report.headline
+    edit_config(base_copy, attention_bias=True)
+    assert inspect_checkpoint(base_copy).judgement.state == "sound"
 
 
 @pytest.mark.parametrize(("value", "words"), [(0.0, "converted back to Qwen2 without loss"), (1.0, "no way back")])
@@ -139,7 +144,7 @@ def test_a_misshapen_bias(base_copy):
 def test_an_extra_bias(base_copy):
     put(base_copy, "model.layers.0.self_attn.o_proj.bias", torch.ones(64))
     report = inspect_checkpoint(base_copy)
-    assert_wrong(report, "qwen2", "no such model has", "o_proj.bias")
+    assert_wrong(report, "qwen2", "1 tensor is there that no such model has", "o_proj.bias")
     assert report.to_json()["biases"]["extra"] == ["0.o"]
 
 
@@ -318,3 +323,26 @@ def test_headers_alone_need_no_torch(base_folder, values, torch_is_there):
     )
     done = subprocess.run([sys.executable, "-c", code, base_folder], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(torch_is_there)
+
+
+def test_lost_biases_come_with_their_remedy(base_copy):
+    def remedies() -> list[str]:
+        return [note for note in inspect_checkpoint(base_copy).notes if "--biases-from ORIGINAL" in note]
+
+    assert remedies() == []
+    put(base_copy, K1, torch.zeros(32))
+    assert len(remedies()) == 1
+    drop(base_copy, *QKV_BIASES)
+    assert len(remedies()) == 1
+    edit_config(base_copy, model_type="llama")
+    assert len(remedies()) == 1
+
+
+def test_an_adapter_in_the_models_own_folder_is_wrong(base_copy, adapter_folder):
+    """transformers loads both: what it makes of this folder is another function than the files hold."""
+    name = "model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert name not in dict(Qwen2ForCausalLM.from_pretrained(base_copy).named_parameters())
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter_folder / file, base_copy)
+    assert name in dict(Qwen2ForCausalLM.from_pretrained(base_copy).named_parameters())
+    assert_wrong(inspect_checkpoint(base_copy), "qwen2", "adapter_config.json", "transformers adds that adapter")

@@ -22,6 +22,7 @@ from qwen2tool.checkpoint.view import Derived, View, plain_view, read
 from qwen2tool.convert import nf4_codec
 from qwen2tool.convert.nf4 import through_nf4, view_of_packed
 from qwen2tool.convert.nf4_codec import BLOCK_SIZES, Packed, Packing, code_of, dequantise, quantise
+from qwen2tool.convert.read import open_qwen2
 from qwen2tool.errors import EXIT_FINDING, UserError
 from qwen2tool.kernels.nf4 import dequantise_reference, from_bnb
 from tests.checkpoint.edits import drop, edit_config, load_state, put, rewrite
@@ -270,3 +271,17 @@ def test_through_nf4_refuses_what_it_cannot_do(source: Path, tmp_path: Path) -> 
     put(tmp_path / "odd", DOWN, torch.zeros(64, 100, dtype=torch.int8))
     with pytest.raises(UserError, match=f"{DOWN}: is I8"):
         through_nf4(plain_view(open_checkpoint(tmp_path / "odd")))
+
+
+@pytest.mark.parametrize("method", [{}, {"quant_method": None}], ids=["absent", "null"])
+def test_a_config_without_a_method_is_bitsandbytes(base_folder, tmp_path, method):
+    """Early savers wrote `load_in_4bit` alone: the tensors say what they are. Another method stays refused."""
+    folder = save_packed(base_folder, tmp_path / "packed", **NF4)
+    whole = open_qwen2(folder)
+    edit_config(folder, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **method})
+    view = open_qwen2(folder)
+    assert view.kind == whole.kind == "bitsandbytes nf4"
+    assert all(torch.equal(read(view.tensors[name]), read(tensor)) for name, tensor in whole.tensors.items())
+    edit_config(folder, quantization_config={"bits": 4, "quant_method": "gptq"})
+    with pytest.raises(UserError, match="quantised by 'gptq'"):
+        open_qwen2(folder)

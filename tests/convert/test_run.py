@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.reader import raw_chunks
-from qwen2tool.convert.run import Options, convert
+from qwen2tool.convert.run import Options, _files, convert
 from qwen2tool.errors import UserError
 from tests.checkpoint.edits import edit_config, load_state, put, rewrite
 from tests.convert.common import config_of, hashes, logits, manifest_of
@@ -201,3 +201,23 @@ def test_qwen1_beyond_its_length(tmp_path):
     assert f"exact up to {trained} positions" in convert(source, tmp_path / "out").lossy
     convert(source, tmp_path / "short", Options(max_length=trained // 2))
     assert config_of(tmp_path / "short")["max_position_embeddings"] == trained // 2
+
+
+def test_a_folder_that_holds_no_checkpoint_is_never_replaced(base_copy, tmp_path):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"letters: holds thesis\.txt and no checkpoint"):
+        convert(base_copy, tmp_path / "letters", overwrite=True)
+    assert [file.name for file in (tmp_path / "letters").iterdir()] == ["thesis.txt"]
+    (tmp_path / "letters" / "config.json").write_text("{}")
+    convert(base_copy, tmp_path / "letters", overwrite=True)
+    assert hashes(tmp_path / "letters") == hashes(base_copy)
+
+
+def test_the_config_beside_a_single_file_is_part_of_what_a_resumed_run_must_share(tmp_path):
+    base = write_tiny(tmp_path / "base")
+    save_file(load_state(base), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_of(base)))
+    before = _files(open_checkpoint(tmp_path / "model.safetensors"))
+    edit_config(tmp_path, rms_norm_eps=1e-5)
+    assert _files(open_checkpoint(tmp_path / "model.safetensors")) != before

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen2tool.convert.run import Options, convert
 from qwen2tool.errors import UserError
 from tests.checkpoint.edits import drop
 from tests.convert.common import config_of, hashes
+from tests.convert.qwen1_model import write_qwen1, write_tiktoken
+from tests.convert.test_qwen1_tokenizer import BUNDLED, ORDINARY
+from tests.tiny import write_tiny
 
 
 def manifest_beside(file: Path) -> dict[str, Any]:
@@ -57,6 +60,12 @@ def test_a_file_is_not_written_over_itself(base_folder, tmp_path):
         convert(base_folder, file, Options(to="gguf"))
     with pytest.raises(UserError, match="would delete what it is made from"):
         convert(file, file, Options(to="gguf"), overwrite=True)
+    whole = file.read_bytes()
+    damaged = write_tiny(tmp_path / "damaged")
+    drop(damaged, "v_proj.bias")
+    with pytest.raises(UserError, match="would delete what it is made from"):
+        convert(damaged, file, Options(to="gguf"), biases_from=file, overwrite=True)
+    assert file.read_bytes() == whole
     convert(base_folder, file, Options(to="gguf", gguf_type="q8_0"), overwrite=True)
 
 
@@ -68,3 +77,18 @@ def test_lost_biases_are_restored_on_the_way(base_copy, base_folder, tmp_path):
     assert len(manifest_beside(tmp_path / "model.gguf")["biases"]["restored"]) == 3
     convert(tmp_path / "model.gguf", tmp_path / "back", Options(dtype="bfloat16"))
     assert hashes(tmp_path / "back") == hashes(base_folder)
+
+
+def test_qwen1_in_one_step_is_qwen1_in_two(tmp_path):
+    """With its tokenizer; without one it is refused, since a GGUF holds its own."""
+    source = write_qwen1(tmp_path / "qwen1", vocab_size=3328)
+    with pytest.raises(UserError, match=r"tokenizer\.json") as refused:
+        convert(source, tmp_path / "none.gguf", Options(to="gguf"))
+    assert refused.value.fix and not (tmp_path / "none.gguf").exists()
+    write_tiktoken(source / "qwen.tiktoken", BUNDLED, ORDINARY)
+    convert(source, tmp_path / "one.gguf", Options(to="gguf", gguf_type="bf16"))
+    convert(source, tmp_path / "qwen2")
+    convert(tmp_path / "one.gguf", tmp_path / "back", Options(dtype="bfloat16"))
+    assert hashes(tmp_path / "back") == hashes(tmp_path / "qwen2")
+    one, two = (PreTrainedTokenizerFast.from_pretrained(tmp_path / name) for name in ("back", "qwen2"))
+    assert one("Grüße, 世界!")["input_ids"] == two("Grüße, 世界!")["input_ids"]
