@@ -42,7 +42,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # Typer turns Ctrl-C into this code and says nothing
-            _complain("interrupted. A training run that saved checkpoints goes on with --resume.")
+            _complain(
+                "interrupted. A training run that saved checkpoints goes on with --resume, a conversion or a "
+                "verify-equivalence --work with the same command."
+            )
     except UserError as error:
         code = _complain(str(error), error.exit_code)
     except OSError as error:

@@ -27,6 +27,7 @@ from qwen2tool.checkpoint.gguf_file import LAYER_NAMES, STORED_CONFIG, TOP_NAMES
 from qwen2tool.checkpoint.gguf_header import ALIGNMENT
 from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.checkpoint.reader import copy_tensor, row_blocks, write_tensor
+from qwen2tool.checkpoint.values import same_data
 from qwen2tool.checkpoint.view import AnyTensor, View, read
 from qwen2tool.checkpoint.writer import FULL_DISK
 from qwen2tool.convert.gguf_vocab import SAMPLING, GgufTokenizer, tokenizer_of_gguf
@@ -41,6 +42,7 @@ GgufKind = Literal["f32", "f16", "bf16", "q8_0"]
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """`general.file_type`: what most matrices are."""
 FLOATS = ("F32", "F16", "BF16")
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 22
 """Numbers that are converted at a time: 16 MB of fp32."""
 Q8_BLOCK = 32
@@ -151,7 +153,9 @@ def _require_target(out: Path, overwrite: bool) -> None:
 def _plan(view: View, kind: GgufKind) -> list[Planned]:
     """Every tensor of a whole Qwen2, in the order of its layers."""
     expected = expected_tensors(view.geometry)
-    spare = {"lm_head.weight"} if view.geometry.tie_word_embeddings else set()
+    spare = {HEAD} if view.geometry.tie_word_embeddings else set()
+    if spare and _has_own_head(view):
+        expected[HEAD] = expected[TABLE]
     for name, shape in expected.items():
         found = view.tensors.get(name)
         if found is None or found.shape != shape:
@@ -166,6 +170,14 @@ def _plan(view: View, kind: GgufKind) -> list[Planned]:
         Planned(name=gguf_name(name), kind=_kind_of(shape, kind), tensor=view.tensors[name])
         for name, shape in expected.items()
     ]
+
+
+def _has_own_head(view: View) -> bool:
+    """Whether a head is stored that is not the table, though config.json ties the two: readers take it."""
+    head, table = view.tensors.get(HEAD), view.tensors.get(TABLE)
+    if head is None or table is None or head is table:
+        return False
+    return not (isinstance(head, TensorInfo) and isinstance(table, TensorInfo) and same_data(head, table))
 
 
 def _kind_of(shape: tuple[int, ...], kind: GgufKind) -> str:

@@ -30,7 +30,10 @@ def choose_samples(folder: Path, text: Path | None, data: Path | None, max_lengt
         samples = [encode_conversation(tokenizer, c, n, max_length) for n, c in enumerate(conversations)]
         samples = [sample for sample in samples if any(sample.scored[1:])]
     if not samples:
-        raise UserError(f"{text or data or 'the bundled text'}: nothing in it can be scored", "Give a longer text, or raise --max-length")
+        raise UserError(
+            f"{text or data or 'the bundled text'}: nothing in it can be scored",
+            "Give a longer text, or raise --max-length",
+        )
     return samples
 
 

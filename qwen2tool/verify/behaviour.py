@@ -119,7 +119,7 @@ def prompt_of(sample: Sample) -> tuple[int, ...]:
 
 def end_tokens(view: View) -> list[int]:
     """The token ids that end a text, by generation_config.json where there is one, else config.json."""
-    file = view.path / "generation_config.json"
+    file = view.origin.folder / "generation_config.json"
     value = read_json(file).get("eos_token_id") if file.is_file() else None
     value = view.config.get("eos_token_id") if value is None else value
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]

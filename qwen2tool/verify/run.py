@@ -225,7 +225,7 @@ def _key(
 ) -> dict[str, Any]:
     """What a work folder holds for: sources, text, settings and versions."""
     origins = [sides.stored.origin, sides.candidate.view.origin]
-    files = [file for origin in origins for file in (*origin.shards, origin.path / "config.json")]
+    files = [file for origin in origins for file in (*origin.shards, origin.folder / "config.json")]
     sources = {
         s.file for view in (sides.candidate.view,) for t in view.tensors.values() for s in getattr(t, "sources", ())
     }

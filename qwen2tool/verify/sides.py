@@ -136,6 +136,7 @@ def tokenizer_folder(*names: str | Path) -> Iterator[Path]:
             path = resolve(_with_base(name, [])[0])
             if path.suffix == ".gguf":
                 path = _write_tokenizer(path, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            path = path if path.is_dir() else path.parent
             folders.append(path)
             if any((path / file).is_file() for file in ("tokenizer.json", "vocab.json")):
                 yield path

@@ -62,7 +62,7 @@ def load_layer(checkpoint: Checkpoint, index: int, *, dtype: torch.dtype, device
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
     with quiet_transformers():
-        config = Qwen2Config.from_pretrained(checkpoint.path)
+        config = Qwen2Config.from_pretrained(checkpoint.folder)
         config.layer_types = [config.layer_types[index]]
         config.num_hidden_layers = 1
         config._attn_implementation = "sdpa"

@@ -56,6 +56,22 @@ def test_bf16_checkpoints_come_back_bit_for_bit(tmp_path, kind, tied):
     assert ("output.weight" in {t.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}) is not tied
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["its own", "a copy of the table"])
+def test_a_stored_head_of_a_tied_model(tmp_path, own):
+    """transformers computes with the stored head whatever config.json says; one that differs must not get lost."""
+    folder = write_tiny(tmp_path / "hf", tie_word_embeddings=True)
+    state = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] * (2.0 if own else 1.0)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_gguf(open_qwen2(folder), tmp_path / "m.gguf", "bf16")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    back = open_qwen2(tmp_path / "m.gguf")
+    assert ("output.weight" in names) is own and back.geometry.tie_word_embeddings is not own
+    assert not own or torch.equal(read(back.tensors["lm_head.weight"]), state["lm_head.weight"])
+
+
 def test_fp32_biases_are_exact_in_every_kind(tmp_path):
     view = open_qwen2(write_tiny(tmp_path / "hf", dtype=torch.float32))
     for kind in ("f32", "f16", "bf16", "q8_0"):
