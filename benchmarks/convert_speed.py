@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -27,6 +26,7 @@ from typing import BinaryIO
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from common import write_result  # noqa: E402
 from geometries import published_config  # noqa: E402
 
 from qwen2tool.checkpoint.geometry import expected_tensors, geometry, with_both_spellings  # noqa: E402
@@ -66,11 +66,11 @@ def main() -> None:
         "seconds": {name: [round(value, 3) for value in found] for name, found in seconds.items()},
         "megabytes_per_second": rates,
         "of_cp": {name: round(copying / statistics.median(found), 3) for name, found in seconds.items()},
-        "machine": {"python": platform.python_version(), "cpus": os.cpu_count(), "system": platform.system()},
     }
     print(json.dumps(result, indent=1))
     if options.result:
-        write_json(options.result, result)
+        command = ["python", "benchmarks/convert_speed.py", "--gigabytes", str(options.gigabytes), "--runs"]
+        write_result(options.result, [*command, str(options.runs)], {"beside cp": result})
 
 
 def write_random(folder: Path, target: float) -> int:

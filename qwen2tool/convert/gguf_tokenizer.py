@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.convert.byte_level import BPE, BYTES, split_by
 from qwen2tool.convert.gguf_vocab import (
     GENERATION_CONFIG,
     QWEN2_SPLIT,
@@ -67,7 +68,7 @@ def _tokenizer(file: Path, tokenizer: GgufTokenizer) -> Json:
             return whole
     except (UserError, *MALFORMED):
         pass
-    return _skeleton(tokenizer) | {"model": _BPE | model}
+    return _skeleton(tokenizer) | {"model": BPE | model}
 
 
 def _same(key: str, found: Any, wanted: Any) -> bool:
@@ -75,19 +76,6 @@ def _same(key: str, found: Any, wanted: Any) -> bool:
     if key != "tokens":
         return bool(found == wanted)
     return all(a == b or (a.startswith("[PAD") and b.startswith("[PAD")) for a, b in zip(found, wanted, strict=True))
-
-
-_BPE: Json = {
-    "type": "BPE",
-    "dropout": None,
-    "unk_token": None,
-    "continuing_subword_prefix": "",
-    "end_of_word_suffix": "",
-    "fuse_unk": False,
-    "byte_fallback": False,
-    "ignore_merges": False,
-}
-_BYTES: Json = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
 def _vocabulary(file: Path, tokenizer: GgufTokenizer) -> dict[str, int]:
@@ -108,7 +96,6 @@ def _vocabulary(file: Path, tokenizer: GgufTokenizer) -> dict[str, int]:
 
 def _skeleton(tokenizer: GgufTokenizer) -> Json:
     """tokenizer.json without its model, as published with Qwen2."""
-    rule = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
     own = tokenizer.pre == "gpt-2"
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
@@ -121,9 +108,9 @@ def _skeleton(tokenizer: GgufTokenizer) -> Json:
             if kind in ADDED
         ],
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": _BYTES | {"use_regex": True} if own else {"type": "Sequence", "pretokenizers": [rule, _BYTES]},
-        "post_processor": _with_bos(tokenizer) if tokenizer.add_bos and "bos" in tokenizer.ids else _BYTES,
-        "decoder": _BYTES,
+        "pre_tokenizer": BYTES | {"use_regex": True} if own else split_by(QWEN2_SPLIT),
+        "post_processor": _with_bos(tokenizer) if tokenizer.add_bos and "bos" in tokenizer.ids else BYTES,
+        "decoder": BYTES,
     }
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.console import remark
+from qwen2tool.convert.byte_level import BPE, BYTES, split_by
 from qwen2tool.errors import UserError
 
 FILE = "qwen.tiktoken"
@@ -164,26 +165,17 @@ def tokenizer_json(ranks: Ranks, file: Path) -> dict[str, Any]:
     def text(token: bytes) -> str:
         return "".join(alphabet[byte] for byte in token)
 
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": len(ranks) + i, "content": name, **_FLAGS} for i, name in enumerate(SPECIAL)],
         "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "post_processor": level,
-        "decoder": level,
+        "pre_tokenizer": split_by(SPLIT),
+        "post_processor": BYTES,
+        "decoder": BYTES,
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
+            **BPE,
             "vocab": {text(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])},
             "merges": [f"{text(left)} {text(right)}" for left, right in merges_of(ranks, file)],
         },
