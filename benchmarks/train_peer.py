@@ -48,24 +48,18 @@ MAX_GRAD_NORM = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What one process runs; each field is a flag.
+class Work:
+    """What an optimizer step is made of.
 
     Attributes:
-        peer: one of PEERS.
-        model: folder of the checkpoint.
         batch, length: sequences a micro-batch and tokens a sequence, all of them scored.
         rank, alpha, dropout: of LoRA on all seven linears.
         quantize: "nf4" (double quantised) or "none" (bf16).
         recompute: "all" or "none": gradient checkpointing on or off; "auto", for ours alone, is its memory plan.
         budget_gb: what ours may use, in 10^9 bytes; 0 is no budget.
         accumulation: micro-batches an optimizer step.
-        steps, warmup: optimizer steps run, and those of them not counted.
-        device: "cuda" or "cpu" (for a smoke test).
     """
 
-    peer: str
-    model: str
     batch: int = 4
     length: int = 2048
     rank: int = 64
@@ -75,6 +69,21 @@ class Job:
     recompute: str = "all"
     budget_gb: float = 0.0
     accumulation: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Work):
+    """What one process runs; each field is a flag.
+
+    Attributes:
+        peer: one of PEERS.
+        model: folder of the checkpoint.
+        steps, warmup: optimizer steps run, and those of them not counted.
+        device: "cuda" or "cpu" (for a smoke test).
+    """
+
+    peer: str
+    model: str
     steps: int = 20
     warmup: int = 4
     device: str = "cuda"

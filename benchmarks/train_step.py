@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from common import environment, machine, run_script, write_result  # noqa: E402
 from readme_tables import speed_table  # noqa: E402
 
 from benchmarks.ceilings import floor  # noqa: E402
-from benchmarks.train_peer import PEERS, Job  # noqa: E402
+from benchmarks.train_peer import PEERS, Job, Work  # noqa: E402
 
 ALL = ("unsloth", "ours", "liger", "hf", "hf_kbit")
 OUT_OF_TIME = "not started: --seconds were used up"
@@ -44,23 +44,14 @@ WITHOUT_KBIT = ("unsloth", "ours", "liger", "hf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is trained: fields as in `train_peer.Job`; `peers` in the order in which they take turns.
+class Setting(Work):
+    """What is trained, of a published `geometry`, by `peers` in the order in which they take turns.
 
     `recompute` holds for the peers. Ours runs its memory plan within `budget_gb`, or, where that is 0, within what
     Unsloth's run before it peaked at; without either, `recompute` holds for it too.
     """
 
     geometry: str
-    batch: int
-    length: int
-    rank: int = 64
-    alpha: int = 16
-    dropout: float = 0.0
-    quantize: str = "nf4"
-    recompute: str = "all"
-    budget_gb: float = 0.0
-    accumulation: int = 1
     peers: tuple[str, ...] = ALL
 
 
@@ -176,16 +167,16 @@ def job(
     setting: Setting, peer: str, model: Path, options: argparse.Namespace, runs: Sequence[dict[str, Any]] = ()
 ) -> Job:
     """What one process is told; `runs` are those before it."""
-    fields = {name: value for name, value in asdict(setting).items() if name not in ("geometry", "peers")}
+    work = {field.name: getattr(setting, field.name) for field in fields(Work)}
     if peer.startswith("ours"):
         rival = [run["memory_gb"]["peak_allocated"] for run in runs if run["peer"] == "unsloth" and "error" not in run]
         default = setting.budget_gb or min(rival, default=0.0)
-        fields["budget_gb"] = default if options.budget_gb is None else options.budget_gb
-        fields["recompute"] = options.recompute or ("auto" if fields["budget_gb"] else setting.recompute)
+        work["budget_gb"] = default if options.budget_gb is None else options.budget_gb
+        work["recompute"] = options.recompute or ("auto" if work["budget_gb"] else setting.recompute)
     warmup = 2 if setting.accumulation > 1 else 4
     counted = options.steps or (8 if setting.accumulation > 1 else 16)
     return Job(
-        peer=peer, model=str(model.resolve()), steps=warmup + counted, warmup=warmup, device=options.device, **fields
+        peer=peer, model=str(model.resolve()), steps=warmup + counted, warmup=warmup, device=options.device, **work
     )
 
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "datasets", "triton")
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "trl", "datasets", "triton", "unsloth",
+    "unsloth_zoo", "xformers",
+)  # fmt: skip
 
 
 def run_command(*arguments: str | Path) -> dict[str, Any]:
@@ -41,14 +44,14 @@ def run_command(*arguments: str | Path) -> dict[str, Any]:
 
 
 def run_peer(script: Path, *arguments: str | Path) -> dict[str, Any]:
-    """A script that prints one line "RESULT {json}", in a process of its own."""
+    """A script that prints one line "RESULT {json}", in a process of its own; with its `error` where it ended badly."""
     print(f"$ python {script.name} " + shlex.join(map(str, arguments)), flush=True)
     line = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
     found = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
-    if not found:
-        return {"exit_code": done.returncode, "error": done.stderr[-2000:]}
-    return {"exit_code": done.returncode, **json.loads(found[-1].removeprefix("RESULT "))}
+    result = json.loads(found[-1].removeprefix("RESULT ")) if found else {}
+    failed = {"error": done.stderr[-2000:]} if done.returncode or not found else {}
+    return {"exit_code": done.returncode, **result, **failed}
 
 
 def run_script(script: Path, *arguments: str | Path) -> dict[str, Any]:

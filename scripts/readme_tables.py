@@ -40,11 +40,13 @@ def load_if_measured(name: str) -> dict[str, Any]:
     return load(name) if (RESULTS / f"{name}.json").is_file() else {}
 
 
-def made_by(part: dict[str, Any]) -> str:
+def made_by(part: dict[str, Any], extra: tuple[str, ...] = ()) -> str:
+    """Command, commit, machine and versions, those of `extra` packages where they were installed."""
     origin = part["made_by"]
     machine = origin["machine"]
     device = machine.get("gpu") or f"CPU, {machine['cpu_threads']} threads"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
+    packages = ("torch", "transformers", "peft", "bitsandbytes", *(name for name in extra if name in machine))
+    versions = ", ".join(f"{name} {machine[name]}" for name in packages)
     return f"`{origin['command']}` at {origin['commit']}; {device}; {versions}."
 
 
@@ -77,45 +79,60 @@ def biases() -> str:
     return table(("layer", "q: norm (largest)", "k", "v"), rows)
 
 
+TRAINERS = {
+    "cudnn off": "TRL, cuDNN attention forbidden", "cudnn on": "TRL, cuDNN attention on (the default)",
+    "unsloth": "TRL on Unsloth",
+}  # fmt: skip
+"""Peers of scripts/real_model.py, as the README calls them."""
+
+
 def training() -> str:
     found = load("real_model")
-    ours, peers = found["train"], found["peers"]
-    sft, dpo = ours["sft"]["report"], ours["dpo"]["report"]
-    before = f"{sft['eval_before']['nll']:.3f}"
+    origins = dict.fromkeys(made_by(part, extra) for part, extra in (
+        (found["train"], ()), (found["peers"], ("trl", "unsloth"))
+    ))  # fmt: skip
+    return "\n\n".join((training_table(found["train"], found["peers"]), *origins))
+
+
+def training_table(ours: dict[str, Any], peers: dict[str, Any]) -> str:
+    """Parts of real_model.json; with useful tokens a second and memory where our own run has them."""
+    sft, dpo = ours["sft"]["report"], ours.get("dpo", {}).get("report", {})
+    before, rate = f"{sft['eval_before']['nll']:.3f}", ours["sft"].get("useful_tokens_per_s")
+    speed = _rate_cells(ours["sft"] | {"peak_memory_bytes": sft["peak_memory"]}, rate)
+    after = (f"{sft['eval_after']['nll']:.3f}", "finite", *_dpo(dpo.get("eval_after")))
     rows = [
-        (
-            "qwen2tool",
-            before,
-            f"{sft['eval_after']['nll']:.3f}",
-            "finite",
-            *_dpo(dpo["eval_after"]),
-            f"{sft['step_seconds']:.2f} s",
-        ),
-        *(_peer(peers, cudnn, before) for cudnn in ("off", "on")),
+        ("qwen2tool", before, *after, f"{sft['step_seconds']:.2f} s", *speed),
+        *(_peer(peers, key, before, rate) for key in TRAINERS if f"sft, {key}" in peers),
     ]
     columns = ("", "NLL before", "after SFT", "gradients", "DPO accuracy", "DPO margin", "SFT step")
-    return "\n\n".join((table(columns, rows), made_by(ours["sft"] | {"made_by": ours["made_by"]})))
+    return table((*columns, *(("useful tokens/s", "qwen2tool's to it", "peak memory") if rate else ())), rows)
 
 
 def _dpo(score: dict[str, Any] | None) -> tuple[str, str]:
     return (f"{score['accuracy']:.3f}", f"{score['margin']:.3f}") if score else ("-", "-")
 
 
-def _peer(peers: dict[str, Any], cudnn: str, before: str) -> tuple[str, ...]:
-    sft = peers[f"sft, cudnn {cudnn}"]
+def _rate_cells(run: dict[str, Any], ours: float | None) -> tuple[str, ...]:
+    """Useful tokens a second, how many times that ours is, and GB."""
+    if ours is None:
+        return ()
+    rate = run.get("useful_tokens_per_s")
+    memory = f"{run['peak_memory_bytes'] / 1e9:.2f} GB" if "peak_memory_bytes" in run else "-"
+    return (f"{rate:,.0f}", f"{ours / rate:.2f}x", memory) if rate else ("-", "-", memory)
+
+
+def _peer(peers: dict[str, Any], key: str, before: str, ours: float | None) -> tuple[str, ...]:
+    sft = peers[f"sft, {key}"]
+    dpo = _dpo(peers.get(f"dpo, {key}", {}).get("held_out", {}).get("dpo"))
+    if "losses" not in sft:
+        reason = (sft["error"].strip().splitlines() or ["failed"])[-1].split(":")[0]
+        return (TRAINERS[key], before, reason, "-", *dpo, "-", *_rate_cells(sft, ours))
     bad = next((n for n, norm in enumerate(sft["grad_norms"], 1) if norm == "nan"), None)
     gradients = f"NaN from step {bad}, loss logged as 0" if bad else "finite"
-    dpo = peers.get(f"dpo, cudnn {cudnn}", {}).get("held_out", {}).get("dpo")
-    name = "TRL, cuDNN attention " + ("on (the default)" if cudnn == "on" else "forbidden")
-    nll = sft["held_out"]["sft"]["nll"]
-    return (
-        name,
-        before,
-        "NaN" if nll == "nan" else f"{nll:.3f}",
-        gradients,
-        *_dpo(dpo),
-        f"{sft['median_step_seconds']:.2f} s",
-    )
+    nll = sft["held_out"].get("sft", {}).get("nll", "-")
+    after = {"nan": "NaN", "-": "-"}.get(nll) or f"{nll:.3f}"
+    step = f"{sft['median_step_seconds']:.2f} s"
+    return (TRAINERS[key], before, after, gradients, *dpo, step, *_rate_cells(sft, ours))
 
 
 def merged() -> str:

@@ -1,10 +1,12 @@
 """The whole path on a published Qwen2 checkpoint, as JSON: what is whole, what damage costs, what training gives.
 
     python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts damage noise      (CPU; minutes for a 0.5B)
-    python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts train peers merge (GPU; peers needs trl)
+    python scripts/real_model.py MODEL --data FOLDER --work FOLDER --parts train peers merge (GPU)
 
 MODEL is a Qwen2 folder or Hub id; --data holds alpaca_en_demo.json and dpo_en_demo.json (LLaMA-Factory's data folder,
-Apache-2.0). The last 99 instructions and the last 30 pairs are held out. Every command runs as a user would run it.
+Apache-2.0). The last 99 instructions and the last 30 pairs are held out. Every command runs as a user would run it;
+`peers` needs trl, datasets and unsloth, and keeps the error of what is not there. Speed is useful tokens a second:
+those of the records, prompts included and padding not, over the seconds of training without loading or scoring.
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ SETTING = ("--quantize", "nf4", "--rank", "64", "--alpha", "16", "--dropout", "0
 DPO_LENGTH = ("--max-length", "2048")
 """For both tools; at 1024 the prompt alone fills a tenth of the pairs."""
 QUESTION = "Write a Python function that reverses a string."
+PEERS: dict[str, tuple[str, ...]] = {
+    "cudnn on": ("--cudnn", "on"),
+    "cudnn off": ("--cudnn", "off"),
+    "unsloth": ("--loader", "unsloth"),
+}
+"""Runs of benchmarks/trl_peer.py: TRL twice, and Unsloth."""
 
 DAMAGE: dict[str, Callable[[int, str], bool]] = {
     "all biases": lambda layer, projection: True,
@@ -46,14 +54,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=["damage"])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"], help="of `train` and `peers`"
+    )
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "real_model.json")
     parser.add_argument("--max-steps", type=int, help="for a quick look: the result is not the published figure")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     split_data(options)
     for part in options.parts:
-        found = PARTS[part](options)
-        write_result(options.result, ["python", "scripts/real_model.py", *sys.argv[1:]], {part: found})
+        keep(options, part, PARTS[part](options))
+
+
+def keep(options: argparse.Namespace, part: str, found: dict[str, Any]) -> None:
+    write_result(options.result, ["python", "scripts/real_model.py", *sys.argv[1:]], {part: found})
 
 
 def split_data(options: argparse.Namespace) -> None:
@@ -118,15 +132,25 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """QLoRA SFT, then DPO from its adapter, each scored on held-out records before and after."""
     steps = ("--max-steps", str(options.max_steps)) if options.max_steps else ()
     common = ("--model", options.model, "--overwrite", "--json", *steps)
-    sft = run_command("train", *common, *SETTING, *files(options, "alpaca_en_demo"), "--output", options.work / "sft")
-    dpo = run_command(
-        "train", *common, *files(options, "dpo_en_demo"), "--task", "dpo", "--quantize", "nf4",
-        "--learning-rate", "5e-5", *DPO_LENGTH, "--adapter", options.work / "sft" / "adapter",
-        "--output", options.work / "dpo",
-    )  # fmt: skip
-    sft["metrics"] = metrics(options.work / "sft")
-    dpo["metrics"] = metrics(options.work / "dpo")
-    return {"sft": sft, "dpo": dpo}
+    flags = {
+        "sft": (*SETTING, *files(options, "alpaca_en_demo")),
+        "dpo": (
+            *files(options, "dpo_en_demo"), "--task", "dpo", "--quantize", "nf4", "--learning-rate", "5e-5",
+            *DPO_LENGTH, "--adapter", options.work / "sft" / "adapter",
+        ),
+    }  # fmt: skip
+    found = {}
+    for task in filter(options.tasks.__contains__, flags):
+        run = run_command("train", *common, *flags[task], "--output", options.work / task)
+        found[task] = run | speed(run.get("report", {})) | {"metrics": metrics(options.work / task)}
+    return found
+
+
+def speed(report: dict[str, Any]) -> dict[str, Any]:
+    """Under the names of benchmarks/trl_peer.py; empty of a run that failed."""
+    if "tokens" not in report:
+        return {}
+    return {"useful_tokens": report["tokens"], "useful_tokens_per_s": report["tokens"] / report["train_seconds"]}
 
 
 def files(options: argparse.Namespace, name: str) -> tuple[str | Path, ...]:
@@ -141,24 +165,37 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def peers(options: argparse.Namespace) -> dict[str, Any]:
-    """TRL with torch's choice of attention and with cuDNN forbidden; both judged by our own held-out scores."""
+    """TRL with torch's choice of attention and with cuDNN forbidden, and Unsloth (SFT alone); all judged by our own
+    held-out scores. The result file is written after each of them."""
     found: dict[str, Any] = {}
-    script = ROOT / "benchmarks" / "trl_peer.py"
-    steps = ("--max-steps", str(options.max_steps)) if options.max_steps else ()
-    for cudnn in ("on", "off"):
-        folder = options.work / f"trl-cudnn-{cudnn}"
-        names = ("--model", options.model, "--cudnn", cudnn, *steps)
-        sft_file, dpo_file = (options.work / f"{name}-train.json" for name in ("alpaca_en_demo", "dpo_en_demo"))
-        sft = run_peer(script, "--task", "sft", *names, "--data", sft_file, "--output", folder / "sft")
-        found[f"sft, cudnn {cudnn}"] = sft | {"held_out": score(options, folder / "sft", None)}
-        if not isfinite(found[f"sft, cudnn {cudnn}"]["held_out"].get("sft", {}).get("nll", nan)):
-            continue  # what DPO would start from is NaN already
-        dpo = run_peer(
-            script, "--task", "dpo", *names, "--data", dpo_file, "--output", folder / "dpo",
-            "--adapter", folder / "sft", "--learning-rate", "5e-5", *DPO_LENGTH,
-        )  # fmt: skip
-        found[f"dpo, cudnn {cudnn}"] = dpo | {"held_out": score(options, folder / "dpo", folder / "sft")}
+    for name, flags in PEERS.items():
+        folder = options.work / f"peer-{name.replace(' ', '-')}"
+        if "sft" in options.tasks:
+            found[f"sft, {name}"] = peer(options, "sft", folder, *flags)
+            keep(options, "peers", found)
+            if not isfinite(found[f"sft, {name}"]["held_out"].get("sft", {}).get("nll", nan)):
+                continue  # what DPO would start from is NaN already, or not there
+        if "dpo" in options.tasks and name != "unsloth":
+            start = ("--adapter", folder / "sft", "--learning-rate", "5e-5", *DPO_LENGTH)
+            found[f"dpo, {name}"] = peer(options, "dpo", folder, *flags, *start)
+            keep(options, "peers", found)
     return found
+
+
+def peer(options: argparse.Namespace, task: str, folder: Path, *flags: str | Path) -> dict[str, Any]:
+    """One run of benchmarks/trl_peer.py into a folder of `folder`; DPO is scored against what SFT left there."""
+    from qwen2tool.checkpoint.folder import resolve
+
+    data = options.work / f"{'alpaca' if task == 'sft' else 'dpo'}_en_demo-train.json"
+    steps = ("--max-steps", str(options.max_steps)) if options.max_steps else ()
+    common = ("--model", resolve(options.model).absolute(), "--data", data, "--output", folder / task, *steps)
+    shutil.rmtree(folder / task, ignore_errors=True)  # what an earlier run saved would be scored for one that fails
+    run = run_peer(ROOT / "benchmarks" / "trl_peer.py", "--task", task, *common, *flags)
+    try:
+        held_out = score(options, folder / task, folder / "sft" if task == "dpo" else None)
+    except Exception as error:  # an adapter that cannot be loaded is a finding about this peer alone
+        held_out = {"error": f"{type(error).__name__}: {error}"}
+    return run | {"held_out": held_out}
 
 
 def score(options: argparse.Namespace, adapter: Path, reference: Path | None) -> dict[str, Any]:

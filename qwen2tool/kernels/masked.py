@@ -95,8 +95,15 @@ def _parts(programs: int, length: int, block: int) -> tuple[int, int]:
     return max(1, triton.cdiv(length, span)), span
 
 
+def _parts_of(out: torch.Tensor, parts: int) -> torch.Tensor:
+    """(S, rows, columns) for the sums of S parts of a contraction: `out` itself where there is one part, else fp32."""
+    return out[None] if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+
+
 def _add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
-    """out (rows, columns) of any row stride = parts (S, rows, columns) fp32 summed over S."""
+    """out (rows, columns) of any row stride = `_parts_of` it summed over S; nothing to do where they are the same."""
+    if parts.shape[0] == 1:
+        return
     count, rows, columns = parts.shape
     block = min(1024, triton.next_power_of_2(columns))
     add_parts_kernel[(rows, triton.cdiv(columns, block))](
@@ -111,7 +118,7 @@ def _launch_product(
     tile = _tile(x.dtype)
     blocks = triton.cdiv(rows, tile["BN"])
     parts, span = _parts(blocks, columns, tile["BK"])
-    target = out if parts == 1 else torch.empty(parts, rows, out.shape[1], dtype=torch.float32, device=x.device)
+    target = _parts_of(out, parts)
     unit = math.gcd(16, x.stride(0), a.stride(0), target.stride(-2))
     for slots in batches_of(ranks, _limit(x.dtype)):
         product_kernel[(blocks, parts)](
@@ -135,8 +142,7 @@ def _launch_product(
             num_stages=3,
             **tile,
         )
-    if parts > 1:
-        _add_parts(target, out)
+    _add_parts(target, out)
 
 
 def _launch_grad_a(
@@ -146,7 +152,7 @@ def _launch_grad_a(
     tile = _tile(x.dtype)
     blocks = triton.cdiv(columns, tile["BK"])
     parts, span = _parts(blocks, rows, tile["BN"])
-    target = out[None] if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=x.device)
+    target = _parts_of(out, parts)
     unit = math.gcd(16, dt.stride(0), x.stride(0))
     for slots in batches_of(ranks, _limit(x.dtype)):
         grad_a_kernel[(blocks, parts)](
@@ -169,8 +175,7 @@ def _launch_grad_a(
             num_stages=3,
             **tile,
         )
-    if parts > 1:
-        _add_parts(target, out)
+    _add_parts(target, out)
 
 
 def _check(op: str, bits: torch.Tensor, rows: int, columns: int, ranks: tuple[int, ...], p: float) -> int:

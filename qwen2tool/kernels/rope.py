@@ -207,6 +207,34 @@ def _output(op: str, qk: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor
     return out
 
 
+def _rotate(
+    op: str,
+    qk: torch.Tensor,
+    bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    centre: torch.Tensor | None,
+    out: torch.Tensor | None,
+    *,
+    heads: int,
+    kv_heads: int,
+    inverse: bool = False,
+) -> torch.Tensor:
+    """`rope_forward`, or with `inverse` the rotation by the opposite angle: checks, then reference or kernel."""
+    width = _check_rows(op, qk, cos, sin, heads + kv_heads)
+    _check_vector(op, "bias", bias, qk.shape[1])
+    _check_vector(op, "centre", centre, kv_heads * width)
+    out = _output(op, qk, out)
+    if not backend.runs_triton(qk):
+        with torch.no_grad():
+            sin = -sin if inverse else sin
+            return out.copy_(rope_reference(qk, bias, cos, sin, centre, heads=heads, kv_heads=kv_heads))
+    _check_kernel(op, qk, cos, sin, out, bias=bias, centre=centre)
+    if qk.shape[0]:
+        _launch(qk, bias, cos, sin, centre, out, heads=heads, kv_heads=kv_heads, inverse=inverse)
+    return out
+
+
 def rope_forward(
     qk: torch.Tensor,
     bias: torch.Tensor | None,
@@ -234,18 +262,7 @@ def rope_forward(
     Raises:
         ValueError: naming the argument whose shape, dtype or strides do not fit.
     """
-    op = "rope_forward"
-    width = _check_rows(op, qk, cos, sin, heads + kv_heads)
-    _check_vector(op, "bias", bias, qk.shape[1])
-    _check_vector(op, "centre", centre, kv_heads * width)
-    out = _output(op, qk, out)
-    if not backend.runs_triton(qk):
-        with torch.no_grad():
-            return out.copy_(rope_reference(qk, bias, cos, sin, centre, heads=heads, kv_heads=kv_heads))
-    _check_kernel(op, qk, cos, sin, out, bias=bias, centre=centre)
-    if qk.shape[0]:
-        _launch(qk, bias, cos, sin, centre, out, heads=heads, kv_heads=kv_heads, inverse=False)
-    return out
+    return _rotate("rope_forward", qk, bias, cos, sin, centre, out, heads=heads, kv_heads=kv_heads)
 
 
 def rope_backward(
@@ -271,16 +288,7 @@ def rope_backward(
     Raises:
         ValueError: naming the argument whose shape, dtype or strides do not fit.
     """
-    op = "rope_backward"
-    _check_rows(op, dqk, cos, sin, heads + kv_heads)
-    out = _output(op, dqk, out)
-    if not backend.runs_triton(dqk):
-        with torch.no_grad():
-            return out.copy_(rope_reference(dqk, None, cos, -sin, None, heads=heads, kv_heads=kv_heads))
-    _check_kernel(op, dqk, cos, sin, out)
-    if dqk.shape[0]:
-        _launch(dqk, None, cos, sin, None, out, heads=heads, kv_heads=kv_heads, inverse=True)
-    return out
+    return _rotate("rope_backward", dqk, None, cos, sin, None, out, heads=heads, kv_heads=kv_heads, inverse=True)
 
 
 class _Rope(torch.autograd.Function):

@@ -27,6 +27,7 @@ class Packed(TypedDict, total=False):
         rows: (M,) int64, the token whose output predicts the scored one.
         labels: (M,) int64, the scored token, IGNORED in rows that only fill up.
         owners: (M,) int64, the sequence it belongs to.
+        tokens: without those that only fill up, on the host.
         records: (B,) int64, positions in the data file.
         reference_chosen, reference_rejected: (S / 2,) fp32, DPO alone.
     """
@@ -38,6 +39,7 @@ class Packed(TypedDict, total=False):
     rows: torch.Tensor
     labels: torch.Tensor
     owners: torch.Tensor
+    tokens: int
     records: torch.Tensor
     reference_chosen: torch.Tensor
     reference_rejected: torch.Tensor
@@ -126,6 +128,7 @@ class SftCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> Packed:
         batch = pack(samples)
+        batch["tokens"] = len(batch["input_ids"])
         return batch if self.fill is None else fill_up(batch, self.fill)
 
 

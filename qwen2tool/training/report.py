@@ -22,6 +22,9 @@ class TrainReport:
 
     `routes` says what ran for each module and what layers kept, as `fast.Plans` has it.
     `first_loss` and `last_loss` are means over the first and last tenth of the steps.
+    `tokens` are those of all batches, prompts included and nothing that only fills up, and `train_seconds` is what the
+    steps over them took, first batch to last (without loading, scoring and DPO's reference log-probs). Of a resumed run
+    both are what this process did.
     """
 
     task: str
@@ -34,6 +37,8 @@ class TrainReport:
     first_loss: float
     last_loss: float
     seconds: float
+    tokens: int
+    train_seconds: float
     step_seconds: float
     peak_memory: int
     peak_memory_of: str
@@ -80,6 +85,7 @@ def print_report(report: TrainReport) -> None:
     rows: list[tuple[object, ...]] = [
         ("loss, first and last tenth", f"{report.first_loss:.4f} -> {report.last_loss:.4f}"),
         ("steps", f"{report.steps} ({report.step_seconds:.3g} s each, {report.seconds:.0f} s in all)"),
+        ("tokens", f"{report.tokens:,} ({report.tokens / report.train_seconds:,.0f} a second)"),
         ("records", f"{report.records} used, {report.cut} cut at max_length, {report.skipped} left out"),
         ("trainable parameters", f"{report.trainable_parameters:,}"),
         ("peak memory", f"{format_bytes(report.peak_memory)} ({report.peak_memory_of})"),

@@ -50,7 +50,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     Args:
         settings: see TrainSettings.
         resume: go on from the newest complete checkpoint in the output.
-        overwrite: replace an output that exists.
+        overwrite: replace an output that exists and is a run or the like (see `require_free`).
 
     Raises:
         UserError: anything in the input that stands in the way, or a loss or gradient that is not finite.
@@ -84,6 +84,8 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         first_loss=first,
         last_loss=last,
         seconds=time.perf_counter() - start,
+        tokens=trainer.tokens,
+        train_seconds=trainer.seconds,
         step_seconds=median(clock.seconds),
         peak_memory=memory,
         peak_memory_of=memory_of,

@@ -5,6 +5,7 @@ Everything else (accumulation, clipping, AdamW, schedule, distribution, resuming
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -40,6 +41,10 @@ class GuardedTrainer(Trainer):
         graphs: capture passes (`passes.Passes`).
         autocast: makes the context of the forward.
         options: what transformers.Trainer takes.
+
+    Attributes:
+        step_losses: of each optimizer step, nats.
+        tokens, seconds: what batches held, without what only fills them up, and how long `train` took.
     """
 
     def __init__(
@@ -59,20 +64,30 @@ class GuardedTrainer(Trainer):
         self._passes: Passes | None = None
         self._scale, self._overflows, self._watched_step = 0.0, 0, -1
         self.step_losses: dict[int, float] = defaultdict(float)
+        self.tokens, self.seconds = 0, 0.0
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Batch], torch.Tensor | int | None]:
-        """Adds the count of scored tokens in all batches of a step; Trainer's own counts labels it has to shift."""
+        """Adds what the step's loss is a mean over, in all its batches; Trainer's own counts labels it has to shift."""
         batches, _ = super().get_batch_samples(*arguments, **options)
-        return batches, sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        return batches, sum(map(self.weight, batches))
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Trainer's loop, with the seconds it took in `seconds`."""
+        start = time.perf_counter()
+        try:
+            return super().train(*arguments, **options)
+        finally:
+            self.seconds = time.perf_counter() - start
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch, checked; its share of the step's loss, (), detached."""
         model.train()
         inputs = self._prepare_inputs(inputs)
         self.where.enter(self.state.global_step + 1, inputs["records"])
-        batch = {name: value for name, value in inputs.items() if name != "records"}
-        outcome = self._passes_over(model)(batch | {"divisor": self._divisor(inputs, num_items_in_batch)})
+        batch = {name: value for name, value in inputs.items() if name not in ("records", "tokens")}
+        divisor = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=inputs["labels"].device)
+        outcome = self._passes_over(model)(batch | {"divisor": divisor})
         loss = outcome.pop("loss")
         require_finite_loss(loss, self.where)
         if self.accelerator.scaler is None:
@@ -82,6 +97,7 @@ class GuardedTrainer(Trainer):
         for name, values in outcome.items():
             self._sums[name] += values.tolist()
         self.step_losses[self.state.global_step] += loss.item()
+        self.tokens += inputs["tokens"]
         return loss
 
     def _passes_over(self, model: torch.nn.Module) -> Passes:
@@ -121,8 +137,9 @@ class GuardedTrainer(Trainer):
                 EXIT_FINDING,
             )
 
-    def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
-        """What the sum over a batch is divided by, so that the batches of one step add up: (), fp32, on the device."""
+    def weight(self, batch: Batch) -> int:
+        """How many of what the loss is a mean over are in a batch. A sum over it is divided by those of all batches of
+        the step, so that each weighs the same however the step is cut into batches; the last one is often smaller."""
         raise NotImplementedError
 
     def batch_loss(self, model: Any, batch: Batch) -> Outcome:
@@ -143,8 +160,9 @@ class GuardedTrainer(Trainer):
 class SftTrainer(GuardedTrainer):
     """Mean negative log-likelihood over the scored tokens of the whole accumulated batch."""
 
-    def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
-        return torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=inputs["labels"].device)
+    def weight(self, batch: Batch) -> int:
+        """Scored tokens."""
+        return int((batch["labels"] != IGNORED).sum())
 
     def batch_loss(self, model: Any, batch: Batch) -> Outcome:
         """Sum over this batch's scored tokens / scored tokens of all batches of the step."""
@@ -152,7 +170,7 @@ class SftTrainer(GuardedTrainer):
 
 
 class DpoTrainer(GuardedTrainer):
-    """Sigmoid DPO against reference log-probs that come with the batch.
+    """Sigmoid DPO against reference log-probs that come with the batch: mean over the pairs of the accumulated batch.
 
     Args:
         beta: see `losses.dpo_sigmoid`.
@@ -163,13 +181,12 @@ class DpoTrainer(GuardedTrainer):
         super().__init__(**options)
         self.beta = beta
 
-    def _divisor(self, inputs: Batch, num_items_in_batch: Any) -> torch.Tensor:
-        del num_items_in_batch
-        pairs = len(inputs["reference_chosen"]) * self.current_gradient_accumulation_steps
-        return torch.tensor(float(pairs), device=inputs["labels"].device)
+    def weight(self, batch: Batch) -> int:
+        """Pairs."""
+        return len(batch["reference_chosen"])
 
     def batch_loss(self, model: Any, batch: Batch) -> Outcome:
-        """Mean over this batch's pairs / batches of the step."""
+        """Sum over this batch's pairs / pairs of all batches of the step."""
         pairs = len(batch["reference_chosen"])
         scored = log_probs(model, batch, batch["labels"])
         chosen, rejected = sum_by_owner(scored, batch["owners"], 2 * pairs).chunk(2)

@@ -188,3 +188,53 @@ def test_gradient_tables(results):
         "| qwen2tool | float16 | 0.20% (0.21%, 0.30%) | 0.25% (0.24%, 0.31%) |",
         "| HF sdpa | float16 | 0.20% (0.22%, 0.30%) | not finite |",
     ]
+
+
+def peer_run(rate=None, **changes):
+    """An SFT run of benchmarks/trl_peer.py; without a rate as results of old have it."""
+    run = {"losses": [2.0, 1.9], "grad_norms": ["0.3", "0.4"], "median_step_seconds": 1.5, "peak_memory_bytes": 1.19e9,
+           "held_out": {"sft": {"nll": 1.6}}}  # fmt: skip
+    return run | ({"useful_tokens_per_s": rate} if rate else {}) | changes
+
+
+def our_run(rate=None):
+    report = {"eval_before": {"nll": 1.7}, "eval_after": {"nll": 1.5}, "step_seconds": 0.4, "peak_memory": 1.1e9}
+    scores = {"accuracy": 0.75, "margin": 0.1}
+    return {
+        "sft": {"report": report, **({"useful_tokens_per_s": rate} if rate else {})},
+        "dpo": {"report": {"eval_after": scores}},
+    }
+
+
+def test_training_table_with_useful_tokens():
+    peers = {
+        "sft, cudnn on": peer_run(2500.0, grad_norms=["0.3", "nan"], held_out={"sft": {"nll": "nan"}}),
+        "sft, cudnn off": peer_run(5000.0),
+        "dpo, cudnn off": {"held_out": {"dpo": {"accuracy": 0.5, "margin": 0.2}}},
+        "sft, unsloth": {"error": "Traceback\n  File\nImportError: no", "held_out": {"error": "no adapter was saved"}},
+    }
+    assert readme_tables.training_table(our_run(20_000.0), peers).splitlines()[2:] == [
+        "| qwen2tool | 1.700 | 1.500 | finite | 0.750 | 0.100 | 0.40 s | 20,000 | 1.00x | 1.10 GB |",
+        "| TRL, cuDNN attention forbidden | 1.700 | 1.600 | finite | 0.500 | 0.200 | 1.50 s |"
+        " 5,000 | 4.00x | 1.19 GB |",
+        "| TRL, cuDNN attention on (the default) | 1.700 | NaN | NaN from step 2, loss logged as 0 | - | - | 1.50 s |"
+        " 2,500 | 8.00x | 1.19 GB |",
+        "| TRL on Unsloth | 1.700 | ImportError | - | - | - | - | - | - | - |",
+    ]
+
+
+def test_training_table_of_results_without_rates():
+    ours = our_run()
+    del ours["dpo"]
+    header, _, *rows = readme_tables.training_table(ours, {"sft, cudnn off": peer_run()}).splitlines()
+    assert "useful" not in header
+    assert rows == [
+        "| qwen2tool | 1.700 | 1.500 | finite | - | - | 0.40 s |",
+        "| TRL, cuDNN attention forbidden | 1.700 | 1.600 | finite | - | - | 1.50 s |",
+    ]
+
+
+def test_a_peer_whose_adapter_could_not_be_saved_keeps_its_speed():
+    run = peer_run(5000.0, error="OSError: full", held_out={"error": "no adapter was saved"})
+    row = readme_tables.training_table(our_run(10_000.0), {"sft, unsloth": run}).splitlines()[-1]
+    assert row == "| TRL on Unsloth | 1.700 | - | finite | - | - | 1.50 s | 5,000 | 2.00x | 1.19 GB |"

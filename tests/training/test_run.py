@@ -74,6 +74,11 @@ def test_accumulation_and_checkpointing_do_not_change_the_trajectory(base_folder
 def test_training_lowers_held_out_loss_and_writes_everything(base_folder, sft):
     report = train(settings_for(base_folder, sft, epochs=4, eval_data=str(sft / "data.jsonl")))
     assert report.eval_after.nll < report.eval_before.nll - 0.2
+    samples = [
+        encode_conversation(load_tokenizer(base_folder), c, 0, 999) for c in read_conversations(sft / "data.jsonl")
+    ]
+    assert report.tokens == 4 * sum(len(sample.ids) for sample in samples)
+    assert 0 < report.train_seconds < report.seconds
     written = json.loads((sft / "run" / "report.json").read_text())
     assert written["eval_after"]["nll"] == report.eval_after.nll and written["environment"]["torch"]
     assert {p.name for p in (sft / "run").iterdir()} == {
@@ -182,12 +187,15 @@ def test_output_that_exists_is_left_alone(base_folder, sft):
     (sft / "run" / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="already exists"):
         train(settings_for(base_folder, sft))
+    with pytest.raises(UserError, match=r"run: holds mine\.txt, and is no checkpoint, adapter, training run"):
+        train(settings_for(base_folder, sft), overwrite=True)
     assert [p.name for p in (sft / "run").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("inside", ["adapter", "data", "model"])
 def test_overwriting_never_deletes_what_the_run_reads(base_copy, adapter_folder, sft, inside):
     (sft / "run").mkdir()
+    (sft / "run" / "trainer_state.json").write_text("{}")  # a folder that could be replaced, did it not hold them
     sources = {"adapter": adapter_folder, "data": sft / "data.jsonl", "model": base_copy}
     real = sft / "run" / "needed"
     copy = shutil.copytree if sources[inside].is_dir() else shutil.copyfile

@@ -1,4 +1,5 @@
-"""The trainer around a routed model: batches of the size asked for, and fp16's scale left to its scaler."""
+"""The trainer around a routed model: batches of the size asked for, pairs and tokens of a step that weigh the same, and
+fp16's scale left to its scaler."""
 
 from __future__ import annotations
 
@@ -8,15 +9,22 @@ from transformers import TrainingArguments
 
 from qwen2tool.errors import UserError
 from qwen2tool.routing.swap import route
-from qwen2tool.training.batches import SampleDataset, SftCollator
-from qwen2tool.training.trainer import SftTrainer
+from qwen2tool.training.batches import DpoCollator, SampleDataset, SftCollator
+from qwen2tool.training.trainer import DpoTrainer, SftTrainer
 from tests.routing.models import lora_model
 from tests.training.test_batches import samples
 
 ITEMS = samples(9, 7, 12, 8, 9, 11, 6, 5, seed=1)
 
 
-def trainer_on(tmp_path, *, gpus=0, **options):
+PAIRS = [
+    (chosen, rejected, -20.0 - 9 * n, -30.0)
+    for n, (chosen, rejected) in enumerate(zip(ITEMS, samples(5, 12, 8, 9, 4, 6, 13, 7, seed=2), strict=True))
+]
+"""With reference log-probs that make losses and gradients of very different sizes."""
+
+
+def trainer_on(tmp_path, *, gpus=0, pairs=False, fill=None, **options):
     """A trainer of two steps of two records, as a host with `gpus` GPUs would make it."""
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, max_steps=2, report_to="none",
@@ -26,10 +34,33 @@ def trainer_on(tmp_path, *, gpus=0, **options):
     arguments._n_gpu = gpus
     model = lora_model()
     route(model)
-    return SftTrainer(
-        places=[f"line {n}" for n in range(len(ITEMS))], model=model, args=arguments,
-        train_dataset=SampleDataset(ITEMS), data_collator=SftCollator(),
-    )  # fmt: skip
+    common = {"places": [f"line {n}" for n in range(len(ITEMS))], "model": model, "args": arguments}
+    if pairs:
+        return DpoTrainer(beta=0.1, train_dataset=SampleDataset(PAIRS), data_collator=DpoCollator(fill), **common)
+    return SftTrainer(train_dataset=SampleDataset(ITEMS), data_collator=SftCollator(fill), **common)
+
+
+def gradient_of_step(trainer, *batches):
+    """(loss, gradient of all adapters in one) of an optimizer step over `batches` of records."""
+    trainer.model.zero_grad()
+    made = [trainer.data_collator(batch) for batch in batches]
+    found, count = trainer.get_batch_samples(iter(made), len(made), torch.device("cpu"))
+    loss = sum(trainer.training_step(trainer.model, batch, count) for batch in found)
+    return loss, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("fill", [None, 12])
+def test_every_pair_of_a_step_weighs_the_same_however_it_is_cut_into_batches(tmp_path, fill):
+    """The last batch of an epoch is smaller: 4 + 2 pairs are the mean of six, not of two means."""
+    trainer = trainer_on(tmp_path, pairs=True, fill=fill)
+    alone = [gradient_of_step(trainer, [pair]) for pair in PAIRS[:6]]
+    losses, gradients = (torch.stack(values) for values in zip(*alone, strict=True))
+    loss, gradient = gradient_of_step(trainer, PAIRS[:4], PAIRS[4:6])
+    assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    torch.testing.assert_close(gradient, gradients.mean(0), rtol=1e-4, atol=1e-5)
+    means = (losses[:4].mean() + losses[4:].mean()) / 2
+    assert abs(means - losses.mean()) > 0.05, "the pairs must tell the two averages apart"
+    assert (gradients[:4].mean(0) / 2 + gradients[4:].mean(0) / 2 - gradients.mean(0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
@@ -37,6 +68,18 @@ def test_a_batch_has_the_size_asked_for_however_many_gpus_are_seen(tmp_path, gpu
     trainer = trainer_on(tmp_path, gpus=gpus)
     assert len(next(iter(trainer.get_train_dataloader()))["records"]) == 2
     assert trainer.args.n_gpu <= 1
+
+
+@pytest.mark.parametrize("fill", [None, 12])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_tokens_are_those_of_the_records_without_what_fills_up(tmp_path, pairs, fill):
+    trainer = trainer_on(tmp_path, pairs=pairs, fill=fill)
+    records = PAIRS if pairs else ITEMS
+    gradient_of_step(trainer, records[:3], records[3:5])
+    sides = [pair[:2] if pairs else (pair,) for pair in records[:5]]
+    assert trainer.tokens == sum(len(sample.ids) for side in sides for sample in side)
+    if fill:
+        assert len(trainer.data_collator(records[:3])["input_ids"]) > trainer.tokens
 
 
 class Scaler:
