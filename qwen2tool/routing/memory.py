@@ -11,6 +11,7 @@ backward frees first.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -21,6 +22,8 @@ from qwen2tool.routing.layer import Keep
 Recompute = Literal["auto", "all", "none"]
 HEAD_BYTES_PER_LOGIT = 6
 """fp32 logits and their 16-bit gradient."""
+WORKSPACES = 100_000_000
+"""What libraries hold on a GPU beside it: cuBLAS 34 MB for each of two threads that launch, cuDNN the rest."""
 PRODUCTS, COPIES = 650e12, 2.5e12
 """Operations a second of products, and bytes a second of device memory: a Hopper GPU's, rounded down."""
 
@@ -92,15 +95,26 @@ class Sizes:
         forward = (self.attention_products + 1.5 * self.mlp_products) / PRODUCTS
         return min(max((self.bus * forward - self.input) / self.mlp, 0.0), 1.0)
 
-    def working(self, frugal: bool) -> int:
-        """Peak of one layer's backward above what layers keep: unpacked weights, and its activations."""
-        h, i, n = self.hidden, self.intermediate, self.tokens
-        gate_up = (2 * i + 2 * self.rank_columns) * (h + 2 * self.rank_columns)
-        down = (h + self.rank_columns) * (i + self.rank_columns)
-        qkv = (self.query_columns + 2 * self.kv_columns) * h
-        weights = max(gate_up, qkv) if frugal else gate_up + down + qkv
-        activations = n * (2 * i + 2 * i + 2 * h)  # gate and up, silu(gate) up and its gradient, two rows of H
-        return (weights + activations) * self.itemsize + 2 * self.input + self.attention
+    @property
+    def backward_activations(self) -> int:
+        """One layer's backward: the gradient of its output and of h, silu(gate) up and its gradient, two rows of H."""
+        return self.tokens * (2 * self.intermediate + 2 * self.hidden) * self.itemsize + 2 * self.input
+
+    def backward_weights(self, frugal: bool) -> int:
+        """Unpacked at once in one layer's backward, adapters among them."""
+        gate_up = (2 * self.intermediate + 2 * self.rank_columns) * (self.hidden + 2 * self.rank_columns)
+        qkv = (self.query_columns + 2 * self.kv_columns) * self.hidden
+        return (max(gate_up, qkv) if frugal else gate_up + self._down_weights + qkv) * self.itemsize
+
+    @property
+    def _down_weights(self) -> int:
+        return (self.hidden + self.rank_columns) * (self.intermediate + self.rank_columns)
+
+    @property
+    def forward(self) -> int:
+        """Peak of one layer's forward above what layers keep, beside its input: at down_proj, where all lives on."""
+        inner = self.tokens * (self.intermediate + self.rank_columns)
+        return (self._down_weights + inner) * self.itemsize + self.attention + self.mlp + self.input
 
     @property
     def unpacking(self) -> float:
@@ -109,8 +123,8 @@ class Sizes:
         return weights * 2.5 / COPIES * PRODUCTS
 
     def head(self, rows: int) -> int:
-        """Bytes of the head's scratch for `rows` logits at a time, beside the saved gradient of its input."""
-        return rows * self.vocabulary * HEAD_BYTES_PER_LOGIT + self.input
+        """Bytes of the head's scratch for `rows` logits at a time, beside its input, normed, and its gradient."""
+        return rows * self.vocabulary * HEAD_BYTES_PER_LOGIT + 3 * self.input
 
 
 @dataclass(frozen=True)
@@ -190,33 +204,65 @@ def _plan(
 ) -> MemoryPlan:
     chosen = frozenset(i for i in range(host_inputs) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
-    on_device = sizes.layers * sizes.input
-    if host_inputs:  # the last layer's, two on their way and the one at work
-        on_device = min(sizes.layers, 4) * sizes.input
-    kept = sizes.layers * (sizes.attention + sizes.mlp) if level == "all" else 0
-    moving = sizes.mlp if chosen else 0
-    static = sizes.static - (sizes.embedding if host_embedding else 0)
-    total = (
-        static + on_device + sizes.layers * sizes.tails + kept + max(sizes.working(frugal) + moving, sizes.head(rows))
-    )
     # Reading embeddings over the bus and small chunks of logits cost a little; it breaks ties.
     cost = host_embedding * sizes.input / sizes.bus * PRODUCTS + (1024 / rows - 1) * 0.02 * sizes.mlp_products
     cost += sizes.layers * sizes.unpacking if frugal else 0.0
     saved = len(chosen) * sizes.mlp_products - cost
     if level == "all":
         saved += sizes.layers * (sizes.mlp_products + sizes.attention_products)
-    return MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, frugal, total, saved)
+    plan = MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, frugal, saved=saved)
+    return replace(plan, estimate=peak(sizes, plan))
+
+
+def peak(sizes: Sizes, plan: MemoryPlan) -> int:
+    """Bytes at the highest of: each layer's forward, the head, each layer's backward.
+
+    Layers below the one at work have what they keep, in the backward those above have given it back. So what the last
+    layer keeps takes the place of what it would recompute, and costs next to nothing.
+    """
+    static = sizes.static - (sizes.embedding if plan.host_embedding else 0)
+    kept = [
+        sizes.tails
+        + (sizes.attention if level in ("attention", "all") else 0)
+        + (sizes.mlp if level in ("mlp", "all") and index not in plan.host_gate_up else 0)
+        for index, level in enumerate(plan.keep)
+    ]
+    leaving = [sizes.mlp if index in plan.host_gate_up else 0 for index in range(sizes.layers)]
+    weights, activations = sizes.backward_weights(plan.frugal), sizes.backward_activations
+    below, highest = 0, 0
+    for index, level in enumerate(plan.keep):
+        # Forward: its own input, with the host those of two layers that are on their way there.
+        inputs = min(index + 1, 3) if plan.host_inputs else index + 1
+        forward = inputs * sizes.input + sum(leaving[max(index - 2, 0) : index]) + sizes.forward
+        # Backward: its own input, with the host the one of the layer below, on its way back.
+        inputs = min(index + 1, 2) if plan.host_inputs else index + 1
+        recomputed = sizes.attention if level in ("input", "mlp") else 0
+        recomputed += sizes.mlp if level in ("input", "attention") or leaving[index] else 0
+        arriving = leaving[index - 1] if index else 0
+        backward = kept[index] + inputs * sizes.input + recomputed + arriving + weights + activations
+        highest = max(highest, below + forward, below + backward)
+        below += kept[index]
+    inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers
+    at_head = inputs * sizes.input + sum(leaving[-2:]) + sizes.head(plan.head_rows or 1024)
+    return WORKSPACES + static + max(highest, below + at_head)
 
 
 def _lift(sizes: Sizes, plan: MemoryPlan, budget: int) -> MemoryPlan:
-    keep, total, saved = list(plan.keep), plan.estimate, plan.saved
-    steps: tuple[tuple[Keep, Keep, int, float], ...] = (
-        ("input", "attention", sizes.attention, sizes.attention_products),
-        ("mlp", "all", sizes.attention, sizes.attention_products),
-        ("attention", "all", sizes.mlp, sizes.mlp_products),
-    )
-    for before, after, cost, gain in steps:
-        for index in reversed(range(sizes.layers)):
-            if keep[index] == before and total + cost <= budget:
-                keep[index], total, saved = after, total + cost, saved + gain
-    return replace(plan, keep=tuple(keep), estimate=total, saved=saved)
+    """Lifts as many layers as fit, the last ones of a level first: attention of all before gate and up."""
+    plan = _lift_level(sizes, plan, budget, "input", "attention", sizes.attention_products)
+    plan = _lift_level(sizes, plan, budget, "mlp", "all", sizes.attention_products)
+    return _lift_level(sizes, plan, budget, "attention", "all", sizes.mlp_products)
+
+
+def _lift_level(sizes: Sizes, plan: MemoryPlan, budget: int, before: Keep, after: Keep, gain: float) -> MemoryPlan:
+    """The last layers at level `before` keep `after`, as many as fit; each saves `gain` operations."""
+    below = [index for index, level in enumerate(plan.keep) if level == before]
+
+    def lifted(count: int) -> MemoryPlan:
+        chosen = set(below[len(below) - count :])
+        keep = tuple(after if index in chosen else level for index, level in enumerate(plan.keep))
+        found = replace(plan, keep=keep, saved=plan.saved + count * gain)
+        return replace(found, estimate=peak(sizes, found))
+
+    fitting = bisect_right(range(1, len(below) + 1), budget, key=lambda count: lifted(count).estimate)
+    return lifted(fitting) if fitting else plan

@@ -25,5 +25,6 @@ def test_many_shapes_leave_room_for_two_passes(budget):
 
 
 def test_a_tight_budget_gives_up_graphs_and_a_wide_one_does_not():
-    found = [share_memory(LARGE, b * 10**9, **OPTIONS, graphs=True, many_shapes=True)[1] for b in (8, 80)]
+    tight = plan_memory(LARGE, 0).estimate
+    found = [share_memory(LARGE, budget, **OPTIONS, graphs=True, many_shapes=True)[1] for budget in (tight, 80 * 10**9)]
     assert found == [False, True]
