@@ -223,10 +223,10 @@ def adapter_grads(dy: Rows, x: Rows, group: Group, bits: torch.Tensor | None = N
         grad_a = product32(dy.tail[:, :used].T, x.plain)
     else:
         grad_a = masked_grad_a(dy.tail[:, :used], x.plain, bits, group.ranks, group.dropout)
-    grads = []
-    for adapter, span, columns in group.blocks():
-        grads += [grad_a[columns], product32(dy.plain[:, span].T, x.tail[:, columns]).mul_(adapter.scale)]
-    return grads
+    blocks = group.blocks()
+    grad_b = [product32(dy.plain[:, span].T, x.tail[:, columns]) for _, span, columns in blocks]
+    torch._foreach_mul_(grad_b, [adapter.scale for adapter, _, _ in blocks])
+    return [grad for (_, _, columns), b in zip(blocks, grad_b, strict=True) for grad in (grad_a[columns], b)]
 
 
 class _LoraGroup(torch.autograd.Function):

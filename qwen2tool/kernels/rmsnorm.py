@@ -8,10 +8,10 @@ x, dy, residual gradient: (N, H), any row stride; w: (H,); rstd: (N,) fp32 is al
 bf16, fp16 or fp32 in and out, fp32 inside. transformers' Qwen2RMSNorm rounds n to x's dtype before it multiplies by w;
 the reference does too, the kernel rounds once, at the end.
 
-Cost, in passes over an (N, H) tensor: forward 1 read and 1 write; backward 2 reads (3 with a residual gradient, whose
-sum then needs no launch of its own) and 1 write; dw, wanted only where the norm is trained, 2 reads more. In 16 bit at
-N = 8192, H = 4096 that is 134 MB forward and 201 MB (268 MB) backward: 45 and 67 (90) us at 3 TB/s; the arithmetic is
-free.
+Cost, in passes over an (N, H) tensor: forward 1 read and 1 write, 2 with a copy of x; backward 2 reads (3 with a
+residual gradient, whose sum then needs no launch of its own) and 1 write; dw, wanted only where the norm is trained, 2
+reads more. In 16 bit at N = 8192, H = 4096 that is 134 MB forward and 201 MB (268 MB) backward: 45 and 67 (90) us at
+3 TB/s; the arithmetic is free.
 """
 
 from __future__ import annotations
@@ -55,17 +55,21 @@ def _forward_kernel(
     weight_ptr: tl.tensor,
     y_ptr: tl.tensor,
     rstd_ptr: tl.tensor,
+    copy_ptr: tl.tensor,
     x_stride: tl.tensor,
     y_stride: tl.tensor,
+    copy_stride: tl.tensor,
     eps: tl.tensor,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    COPY: tl.constexpr,
 ) -> None:
     """One row a program. A row of at most BLOCK numbers stays in registers, a longer one is read twice."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + tl.multiple_of(row * x_stride, ALIGN)
     y_row = y_ptr + tl.multiple_of(row * y_stride, ALIGN)
+    copy_row = copy_ptr + tl.multiple_of(row * copy_stride, ALIGN)
     columns = tl.arange(0, BLOCK)
     if BLOCK >= H:
         inside = columns < H
@@ -74,6 +78,8 @@ def _forward_kernel(
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
         rstd = tl.rsqrt(tl.sum(x * x) / H + eps)
         tl.store(y_row + columns, (x * rstd) * weight.to(tl.float32), mask=inside)
+        if COPY:
+            tl.store(copy_row + columns, x, mask=inside)
     else:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, H, BLOCK):
@@ -85,6 +91,8 @@ def _forward_kernel(
             x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
             weight = tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
             tl.store(y_row + start + columns, (x * rstd) * weight, mask=inside)
+            if COPY:
+                tl.store(copy_row + start + columns, x, mask=inside)
     tl.store(rstd_ptr + row, rstd)
 
 
@@ -199,11 +207,19 @@ def _align(*strides: int) -> int:
     return gcd(16, *strides)
 
 
-def _launch_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor) -> None:
+def _launch_forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor, copy: torch.Tensor | None
+) -> None:
     (rows, hidden), (block, warps) = x.shape, _row_block(x.shape[1])
-    strides = x.stride(0), y.stride(0)
+    target = y if copy is None else copy
+    strides = x.stride(0), y.stride(0), target.stride(0)
     _forward_kernel[(rows,)](
-        *(x, weight, y, rstd, *strides, eps), H=hidden, BLOCK=block, ALIGN=_align(*strides), num_warps=warps
+        *(x, weight, y, rstd, target, *strides, eps),
+        H=hidden,
+        BLOCK=block,
+        ALIGN=_align(*strides),
+        COPY=copy is not None,
+        num_warps=warps,
     )
 
 
@@ -259,25 +275,34 @@ def _check(op: str, x: torch.Tensor, weight: torch.Tensor, **like_x: torch.Tenso
 
 
 def rms_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalises rows: x (N, H), weight (H,) -> y (N, H), rstd (N,) fp32; no autograd.
 
-    y lies in `out` where given, which may have any row stride and float dtype (default: x's).
+    y lies in `out` where given, which may have any row stride and float dtype (default: x's). `copy` (N, H), of x's
+    dtype, receives x besides: what a residual is added to, for a write instead of a read and a write later.
 
     Raises:
         ValueError: a shape, dtype or stride the op does not take.
     """
-    _check("rms_norm_forward", x, weight, out=out)
+    _check("rms_norm_forward", x, weight, out=out, copy=copy)
+    require(copy is None or copy.dtype == x.dtype, "rms_norm_forward", "copy has another dtype than x")
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if not runs_triton(x):
         normed, rstd = rms_norm_reference(x, weight, eps)
+        if copy is not None:
+            copy.copy_(x)
         return y.copy_(normed), rstd
-    require_float("rms_norm_forward", x=x, weight=weight, out=y)
+    require_float("rms_norm_forward", x=x, weight=weight, out=y, copy=copy)
     rstd = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
         with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
-            _launch_forward(x, weight, eps, y, rstd)
+            _launch_forward(x, weight, eps, y, rstd, copy)
     return y, rstd
 
 

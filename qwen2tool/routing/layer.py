@@ -178,11 +178,17 @@ def _prepare(group: Group, tokens: int, call: Call, tail: torch.Tensor | None) -
 
 
 def _norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, group: Group, call: Call, tail: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    group: Group,
+    call: Call,
+    tail: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
 ) -> tuple[_Operands, torch.Tensor]:
-    """norm(x) as the input of `group`, and the norm's reciprocal deviation (N,)."""
+    """norm(x) as the input of `group`, and the norm's reciprocal deviation (N,); x itself into `copy`."""
     operands = _prepare(group, x.shape[0], call, tail)
-    _, rstd = rms_norm_forward(x, weight, eps, out=operands.rows.plain)
+    _, rstd = rms_norm_forward(x, weight, eps, out=operands.rows.plain, copy=copy)
     return operands, rstd
 
 
@@ -238,19 +244,23 @@ class _FusedLayer(torch.autograd.Function):
         place: Place | None,
         *parameters: torch.Tensor,
     ) -> Any:
-        qkv, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call)
+        h = torch.empty_like(x)  # x, to which o_proj then adds
+        qkv, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call, copy=h)
         attention = _attention(qkv, spec, call, centre)
         tails = [qkv.rows.tail.clone()]  # behind x in one buffer, which would live on with it
+        del qkv  # as those below: unpacked weights, and rows that the backward makes again
         o = _o_operands(attention, spec, call)
-        h = o.forward(residual=x)
+        o.forward(residual=h, out=h)
         tails.append(o.rows.tail)
-        operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call)
+        del o
+        y = h if keep in ("input", "mlp") else torch.empty_like(h)
+        operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call, copy=None if y is h else y)
         gate_up = _gate_up(operands, spec)
         tails.append(operands.rows.tail.clone())
-        del qkv, o, operands
+        del operands
         down = _prepare(spec.down, h.shape[0], call, None)
         swiglu_forward(gate_up.plain, out=down.rows.plain)
-        y = down.forward(residual=h, out=h if keep in ("input", "mlp") else None)
+        down.forward(residual=y, out=y)
         tails.append(down.rows.tail.clone())
         ctx.spec, ctx.call, ctx.centre = spec, call, centre
         ctx.kept = _Kept()
@@ -271,11 +281,12 @@ class _FusedLayer(torch.autograd.Function):
         dy = dy.contiguous()
         ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
         need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
-        operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call, tails.qkv)
         attention, h = kept.attention, kept.h
+        again = torch.empty_like(x) if h is None else None
+        operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call, tails.qkv, again)
         if attention is None:
             attention = _attention(operands, spec, call, ctx.centre)
-            h = _o_operands(attention, spec, call, tails.o).forward(residual=x)
+            h = _o_operands(attention, spec, call, tails.o).forward(residual=again, out=again)
         operands.fill_tail()
         operands.pause()
         dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, _kept_gate_up(kept, spec), tails, spec, call, need_norm2)

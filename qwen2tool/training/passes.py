@@ -82,10 +82,12 @@ class Passes:
         """Gradients stay in the tensors that graphs write to; one that was set to None starts again from zero."""
         if not self._gradients:
             self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is not gradient:
-                gradient.zero_()
-                parameter.grad = gradient
+        pairs = zip(self._parameters, self._gradients, strict=True)
+        stale = [(parameter, gradient) for parameter, gradient in pairs if parameter.grad is not gradient]
+        if stale:
+            torch._foreach_zero_([gradient for _, gradient in stale])
+        for parameter, gradient in stale:
+            parameter.grad = gradient
 
     def _run(self, batch: Batch) -> Outcome:
         with safe_attention():

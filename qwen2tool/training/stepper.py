@@ -94,7 +94,8 @@ class Stepper:
         outcomes = [self._passes(self._batch(ids, scored)) for ids in batches]
         torch.nn.utils.clip_grad_norm_(self._parameters, self.options.max_grad_norm)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        # Graphs write to tensors that stay: zeroed now, behind the optimizer, the next pass need not wait for it.
+        self._optimizer.zero_grad(set_to_none=not self._passes.captured)
         return torch.stack([outcome["loss"] for outcome in outcomes]).sum()
 
     def describe(self) -> dict[str, Any]:

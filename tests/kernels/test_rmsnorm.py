@@ -76,13 +76,15 @@ def make(shape: tuple[int, int], dtype: torch.dtype, view=strided, seed: int = 0
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(shape: tuple[int, int], dtype: torch.dtype):
     case = make(shape, dtype)
-    out = strided(*shape, dtype)
+    out, copy = strided(*shape, dtype), strided(*shape, dtype)
     with backend.use("triton"):
         y, rstd = rms_norm_forward(case.x, case.weight, EPS, out=out)
+        copied, _ = rms_norm_forward(case.x, case.weight, EPS, copy=copy)
         other, _ = rms_norm_forward(case.x, case.weight * 1.01, EPS)
         without_eps, _ = rms_norm_forward(case.x, case.weight, 0.0)
     assert y is out
-    assert kept_inside(out)
+    assert kept_inside(out) and kept_inside(copy)
+    assert torch.equal(copied, y) and torch.equal(copy, case.x) and not torch.equal(copy, y)
     assert_as_good(y, case.reference[0], case.truth[0], dtype)
     wide = case.x.double()
     assert rstd.dtype == torch.float32
@@ -203,6 +205,8 @@ def test_refusals():
             rms_norm_forward(torch.ones(6, 4, device=DEVICE).T, weight, EPS)
         with pytest.raises(ValueError, match=r"rms_norm_forward: x is torch\.float64"):
             rms_norm_forward(x.double(), weight, EPS)
+        with pytest.raises(ValueError, match=r"rms_norm_forward: copy has another dtype"):
+            rms_norm_forward(x, weight, EPS, copy=x.half())
         with pytest.raises(ValueError, match=r"rms_norm_backward: dy has shape \(3, 6\)"):
             rms_norm_backward(x[:3], x, weight, rstd)
         with pytest.raises(ValueError, match=r"rms_norm_backward: rstd has shape \(3,\)"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 import qwen2tool.kernels.lora
@@ -196,6 +197,11 @@ def test_settings_and_tensors_of_an_adapter_that_disagree(base_folder, adapter_f
     settings = json.loads(file.read_text())
     settings["target_modules"].remove("v_proj")
     file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.v_proj and 2 more modules, which .* does not target"):
+        verify_routes(base_folder, random_samples(), adapter=folder)
+    shutil.copyfile(adapter_folder / "adapter_config.json", file)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "v_proj" not in n}, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"disagree on layer 0, self_attn.v_proj"):
         verify_routes(base_folder, random_samples(), adapter=folder)
 
@@ -342,8 +348,12 @@ def test_a_tied_model_in_one_file(tmp_path):
 @pytest.mark.parametrize("nf4", [False, True], ids=["16bit", "nf4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_on_a_gpu(strong_folder, adapter_folder, dtype, nf4):
-    """Triton kernels and fused attention; "float32" leaves the memory-efficient kernel to both sides."""
-    report = verify_routes(strong_folder, random_samples(), adapter=adapter_folder, nf4=nf4, dtype=dtype, device="cuda")
+    """Triton kernels and fused attention; "float32" leaves the memory-efficient kernel to both sides.
+
+    On 141 tokens fp32 with NF4 was not decided on an H100 (one gradient at 1.2 times its bar), hence about 400.
+    """
+    samples = random_samples(4, 100)
+    report = verify_routes(strong_folder, samples, adapter=adapter_folder, nf4=nf4, dtype=dtype, device="cuda")
     assert (report.verdict, report.fused) == ("equivalent", 3), report.reason
 
 
