@@ -58,6 +58,7 @@ def main() -> None:
         "--tasks", nargs="+", choices=("sft", "dpo"), default=["sft", "dpo"], help="of `train` and `peers`"
     )
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "real_model.json")
+    parser.add_argument("--sft-budget", help="GB for our SFT, about what the peers' takes; default: what is free")
     parser.add_argument("--max-steps", type=int, help="for a quick look: the result is not the published figure")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -132,8 +133,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """QLoRA SFT, then DPO from its adapter, each scored on held-out records before and after."""
     steps = ("--max-steps", str(options.max_steps)) if options.max_steps else ()
     common = ("--model", options.model, "--overwrite", "--json", *steps)
+    budget = ("--memory-budget", options.sft_budget) if options.sft_budget else ()
     flags = {
-        "sft": (*SETTING, *files(options, "alpaca_en_demo")),
+        "sft": (*SETTING, *budget, *files(options, "alpaca_en_demo")),
         "dpo": (
             *files(options, "dpo_en_demo"), "--task", "dpo", "--quantize", "nf4", "--learning-rate", "5e-5",
             *DPO_LENGTH, "--adapter", options.work / "sft" / "adapter",
