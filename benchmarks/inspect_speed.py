@@ -1,6 +1,6 @@
 """How long `qwen2tool inspect` takes on a 7B and on a 72B in shards of 4 GB: process start to exit, median of several.
 
-    python benchmarks/inspect_speed.py [--runs 9] [--result FILE]
+    python benchmarks/inspect_speed.py [--runs 9] [--geometry NAME ...] [--result FILE]
 
 The shards are sparse files with true headers and random biases: nothing else is read, so 145 GB need not exist. A
 tokenizer.json of the real size (151,643 tokens and as many merges) lies beside them, since reading it is much of the
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -28,7 +27,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from geometries import published_config  # noqa: E402
+from common import write_result  # noqa: E402
+from geometries import ROWS, published_config  # noqa: E402
 
 from qwen2tool.checkpoint.geometry import expected_tensors, geometry, with_both_spellings  # noqa: E402
 from qwen2tool.checkpoint.writer import Slot, plan_shards, write_index, write_json, write_safetensors  # noqa: E402
@@ -51,13 +51,14 @@ COMMANDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--geometry", nargs="+", choices=list(ROWS), default=GEOMETRIES, metavar="NAME")
     parser.add_argument("--result", type=Path, help="write the JSON there too")
     options = parser.parse_args()
-    geometries = {name: time_geometry(name, options.runs) for name in GEOMETRIES}
-    result = {"geometries": geometries, "runs": options.runs, "machine": machine()}
+    result = {name: time_geometry(name, options.runs) for name in options.geometry}
     print(json.dumps(result, indent=1))
     if options.result:
-        write_json(options.result, result)
+        command = ["python", "benchmarks/inspect_speed.py", "--runs", str(options.runs), "--geometry"]
+        write_result(options.result, [*command, *options.geometry], result)
 
 
 def time_geometry(geometry_name: str, runs: int) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def time_geometry(geometry_name: str, runs: int) -> dict[str, Any]:
     for name, seconds in found.items():
         times = f"{seconds['wall']:.3f} s wall (least {seconds['least']:.3f}), {seconds['cpu']:.3f} s CPU"
         print(f"{geometry_name:12} {name:15} {times}, medians of {runs}")
-    return {"shards": shards, "seconds": found}
+    return {"shards": shards, "runs": runs, "cpus": os.cpu_count(), "seconds": found}
 
 
 def write_sparse(folder: Path, geometry_name: str) -> int:
@@ -123,14 +124,6 @@ def measure(command: list[str], folder: Path, runs: int) -> dict[str, float]:
             raise SystemExit(f"{line} ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}")
     middle = statistics.median
     return {"wall": round(middle(wall[1:]), 4), "least": round(min(wall[1:]), 4), "cpu": round(middle(cpu[1:]), 4)}
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-    }
 
 
 if __name__ == "__main__":

@@ -199,7 +199,10 @@ def test_output_that_exists(base_folder, adapter_folder, tmp_path, command):
     }[command]
     outcome = run(*arguments)
     assert outcome.code == 2 and "already exists" in outcome.error and "--overwrite" in outcome.error
+    refused = run(*arguments, "--overwrite")
+    assert refused.code == 2 and "out: holds mine.txt, and is no checkpoint, adapter, training run" in refused.error
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "adapter_config.json").write_text("{}")
     assert run(*arguments, "--overwrite").code == 0
     assert not (out / "mine.txt").exists()
 

@@ -19,7 +19,7 @@ def test_the_state_of_the_biases_is_the_first_line(base_copy):
     rewrite(base_copy, lambda state: state[K1].zero_())
     zero = run("inspect", base_copy)
     assert zero.code == 1
-    assert zero.out.startswith("biases WRONG: all 9 q/k/v biases are there, but 1 of them hold nothing but zeros")
+    assert zero.out.startswith("biases WRONG: all 9 q/k/v biases are there, but 1 of them holds nothing but zeros")
     assert ["1", "present", "all", "zero", "present"] in [line.split() for line in zero.out.splitlines()]
     drop(base_copy, "_proj.bias")
     assert run("inspect", base_copy).out.startswith("biases WRONG: 9 of 9 q/k/v biases are MISSING")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, sqrt
 from pathlib import Path
@@ -53,6 +54,7 @@ HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 REPEAT, NESTED_REPEAT = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 MAX_REPEATS = 3
 """Of a pattern: each more multiplies the steps of matching a name of 60 characters by up to 60."""
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 MATRIX_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -106,6 +108,13 @@ def open_adapter(path: Path) -> Adapter:
     pairs = {module: _pair(path, config, module, sides) for module, sides in parts.items()}
     if not pairs:
         raise UserError(f"{path / ADAPTER_FILE}: holds no tensors", "Train the adapter again")
+    if passed_over := untargeted(config, pairs):
+        more = f" and {len(passed_over) - 1} more modules" if len(passed_over) > 1 else ""
+        raise UserError(
+            f"{path / ADAPTER_FILE}: adapts {passed_over[0]}{more}, which {ADAPTER_CONFIG} does not target: PEFT "
+            "drops such tensors without a word",
+            "Keep config and weights of one run together",
+        )
     provenance = path / PROVENANCE_FILE
     fingerprint = read_json(provenance).get("base_fingerprint") if provenance.is_file() else None
     return Adapter(path=path, config=config, pairs=pairs, base_fingerprint=fingerprint)
@@ -176,6 +185,41 @@ def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
     return default
 
 
+def untargeted(config: dict[str, Any], modules: Iterable[str]) -> list[str]:
+    """Those of `modules` that PEFT does not adapt by this config, and whose tensors it therefore drops in silence.
+
+    `target_modules` is a list of endings or a pattern, `layers_to_transform` picks layers (PEFT's
+    `check_target_module_exists`). What cannot be told (no targets, a pattern that may never end) targets everything.
+    """
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    layers = config.get("layers_to_transform")
+    listed = [layers] if isinstance(layers, int) else layers
+    picked = listed if isinstance(listed, list) and listed and all(isinstance(n, int) for n in listed) else None
+    found = []
+    for module in modules:
+        layer = LAYER.search(module)
+        skipped = picked is not None and (layer is None or int(layer[1]) not in picked)
+        if skipped or not _matches(targets, module, True) or _matches(excluded, module, False):
+            found.append(module)
+    return found
+
+
+def _matches(targets: Any, module: str, unknown: bool) -> bool:
+    """Whether a list of endings or a pattern names `module`; `unknown` where it cannot be told."""
+    if isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets):
+        return any(module == name or module.endswith(f".{name}") for name in targets)
+    if not isinstance(targets, str) or not targets:
+        return unknown
+    if targets == "all-linear":
+        return module != "lm_head"
+    if NESTED_REPEAT.search(targets) or len(REPEAT.findall(targets)) > MAX_REPEATS:
+        return unknown
+    try:
+        return re.fullmatch(targets, module) is not None
+    except re.error:
+        return unknown
+
+
 def require_fit(adapter: Adapter, base: Checkpoint, allow_other_base: bool = False) -> None:
     """Passes an adapter whose every pair has a weight of the right shape in `base`, and that was trained on it.
 
@@ -222,7 +266,7 @@ def fingerprint(base: Checkpoint, head_bytes: int = 4096) -> str:
     It covers every tensor's name, dtype and shape, all one-dimensional tensors (biases and norms) whole, and the first
     `head_bytes` of each matrix.
     """
-    from qwen2tool.checkpoint.reader import raw_chunks
+    from qwen2tool.checkpoint.raw import raw_chunks
 
     digest = hashlib.sha256()
     for name, info in sorted(base.tensors.items()):

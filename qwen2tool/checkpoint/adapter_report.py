@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2tool.checkpoint.adapter import REFUSED_KEYS, fingerprint, open_adapter
+from qwen2tool.checkpoint.adapter import REFUSED_KEYS, fingerprint, open_adapter, untargeted
 from qwen2tool.checkpoint.adapter_parts import ADAPTER_BIN, AdapterFiles, Part, Scale, is_adapter, open_parts, scale_of
 from qwen2tool.checkpoint.folder import Checkpoint, open_checkpoint
 from qwen2tool.console import format_ranges
@@ -271,6 +271,11 @@ def _pair_findings(files: AdapterFiles, pairs: Pairs) -> Iterator[str]:
     """One sentence a kind of fault, with the first module that has it."""
     if not files.parts:
         yield "it holds no tensors"
+    if passed_over := untargeted(files.config, pairs):
+        yield (
+            f"{len(passed_over)} of {len(pairs)} adapted modules are none that adapter_config.json targets, the first "
+            f"is {passed_over[0]}: PEFT drops their tensors without a word"
+        )
     faults: dict[str, list[str]] = {}
     for module, sides in pairs.items():
         fault = _fault(sides, scale_of(files.config, module))

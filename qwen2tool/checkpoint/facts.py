@@ -12,10 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qwen2tool.checkpoint.config_faults import config_faults, other_class
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import Config, effective_rope, expected_tensors, rope_disagreement
 from qwen2tool.checkpoint.header import read_header
 from qwen2tool.checkpoint.inventory import QKV, Inventory
+from qwen2tool.checkpoint.names import find_renamed
 from qwen2tool.errors import UserError
 
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -49,6 +51,16 @@ def geometry_section(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def config_section(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What of config.json is no number of the geometry and still decides what a reader makes of the tensors."""
+    config = checkpoint.config
+    return {
+        "hidden_act": config.get("hidden_act", "silu"),
+        "faults": list(config_faults(config, checkpoint.geometry.num_hidden_layers)),
+        "other_class": other_class(config),
+    }
+
+
 def parameters_section(checkpoint: Checkpoint) -> dict[str, int]:
     """Parameters as the architecture counts them: a packed weight by its real size, a tied head not at all."""
     shape = checkpoint.geometry
@@ -74,6 +86,7 @@ def tensors_section(checkpoint: Checkpoint, found: Inventory) -> dict[str, Any]:
         "dtypes": dict(sorted(dtypes.items())),
         "missing": list(found.missing),
         "extra": list(found.extra),
+        "renamed": find_renamed(found.missing, found.extra),
         "misshapen": {n: {"found": list(f), "expected": list(e)} for n, (f, e) in found.misshapen.items()},
     }
 
@@ -156,6 +169,7 @@ def sliding_section(checkpoint: Checkpoint) -> dict[str, Any]:
         "use_sliding_window": bool(config.get("use_sliding_window", False)),
         "sliding_window": config.get("sliding_window"),
         "max_window_layers": config.get("max_window_layers"),
+        "layer_types": isinstance(config.get("layer_types"), list),
         "layers": list(checkpoint.geometry.sliding_layers),
     }
 

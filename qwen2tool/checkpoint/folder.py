@@ -134,6 +134,7 @@ def _open_folder(path: Path) -> Checkpoint:
         raise UserError(f"{path}: a PEFT adapter, not a whole checkpoint", "Name its base model")
     config = read_config(path)
     if layout is None:
+        _refuse_shards_without_index(path)
         raise UserError(
             f"{path}: not a checkpoint (no {SINGLE_NAME}, no {INDEX_NAME}, no .bin, no .gguf)",
             "Name a folder with the weights in it",
@@ -158,6 +159,14 @@ def _open_folder(path: Path) -> Checkpoint:
         format=layout.format,
         index=index,
     )
+
+
+def _refuse_shards_without_index(path: Path) -> None:
+    """Shards that nothing lists are a download that is not finished: which tensors belong there, nobody can tell."""
+    for layout in (SAFETENSORS, BIN):
+        suffix = Path(layout.single).suffix
+        if shards := sorted(file.name for file in path.glob(f"*{suffix}") if ONE_OF_MANY.search(file.name)):
+            raise UserError(f"{path}: holds {shards[0]}, but no {layout.index}", f"Download {layout.index} as well")
 
 
 def _open_file(path: Path) -> Checkpoint:

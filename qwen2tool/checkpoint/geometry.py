@@ -94,7 +94,7 @@ def geometry(config: Config) -> Geometry:
     """The geometry that `config` describes, with transformers' defaults for absent optional keys.
 
     Raises:
-        UserError: a key that fixes a shape is missing or no positive integer.
+        UserError: a key that fixes a shape is missing or no positive integer, a flag is no flag.
     """
     if config.get("model_type") == "qwen":
         config = of_qwen1(config)
@@ -114,8 +114,8 @@ def geometry(config: Config) -> Geometry:
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=config.get("model_type") in ("qwen", "qwen2") or bool(config.get("attention_bias", False)),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        attention_bias=config.get("model_type") in ("qwen", "qwen2") or _flag(config, "attention_bias"),
         sliding_window=config.get("sliding_window"),
         sliding_layers=sliding_layers(config, layers),
         dtype=_dtype(config),
@@ -146,6 +146,14 @@ def _positive(config: Config, key: str, default: int | None = None, most: int = 
     if type(value) is not int or not 1 <= value <= most:
         raise UserError(f"config.json: {key} is {ascii(value)[:40]}, not a whole number from 1 to {most}", FULL_CONFIG)
     return value
+
+
+def _flag(config: Config, key: str) -> bool:
+    """A flag that is off where it is absent; the string "false" is true to one reader and an error to the next."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise UserError(f"config.json: {key} is {ascii(value)[:40]}, not true or false", FULL_CONFIG)
+    return bool(value)
 
 
 def _number(config: Config, key: str, default: float) -> float:
@@ -211,7 +219,7 @@ def sliding_layers(config: Config, layers: int) -> tuple[int, ...]:
     types = config.get("layer_types")
     if isinstance(types, list):
         return tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+    if not _flag(config, "use_sliding_window") or config.get("sliding_window", 4096) is None:
         return ()
     first = config.get("max_window_layers", 28)
     if type(first) is not int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from qwen2tool.checkpoint.header import DAMAGED, MAX_HEADER_BYTES, TensorInfo
+from qwen2tool.checkpoint.header import DAMAGED, MAX_HEADER_BYTES, TensorInfo, refuse_other_downloads
 from qwen2tool.errors import UserError
 
 MAGIC = b"GGUF"
@@ -91,6 +91,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
         UserError: no GGUF, a version or byte order that is not read, or a header that the file does not bear out.
     """
     with _mapped(file) as data:
+        refuse_other_downloads(file, data[:16])
         cursor = _Cursor(file, data)
         if cursor.take(4) != MAGIC:
             raise UserError(f"{file}: no GGUF file (it does not begin with GGUF)", DAMAGED)

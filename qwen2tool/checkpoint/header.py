@@ -40,6 +40,12 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's own reader; a larger length is a corrupt file, not a large model."""
 
 DAMAGED = "Download or copy the file again: it is damaged"
+NOT_WEIGHTS = {
+    b"version ": ("a Git LFS pointer, not the file itself", "Fetch the files: git lfs pull, or hf download"),
+    b"<!doctyp": ("a web page, not a model file", "Download the file itself, not the page that shows it"),
+    b"<html": ("a web page, not a model file", "Download the file itself, not the page that shows it"),
+}
+"""What is found under a model file's name instead, by its first bytes in lower case: what it is, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +96,21 @@ def header_length(file: Path, first: bytes, size: int) -> int:
         UserError: more than the file has, or than any header is.
     """
     length = int.from_bytes(first, "little")
+    refuse_other_downloads(file, first)
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise UserError(f"{file}: no safetensors header (it claims {length} bytes in a file of {size})", DAMAGED)
     return length
+
+
+def refuse_other_downloads(file: Path, first: bytes) -> None:
+    """Names what a careless download leaves under the name of a model file, by the `first` bytes of it.
+
+    Raises:
+        UserError: a pointer of Git LFS, or a web page.
+    """
+    for start, (what, remedy) in NOT_WEIGHTS.items():
+        if first.lower().startswith(start):
+            raise UserError(f"{file}: {what}", remedy)
 
 
 def parse_header(file: Path, text: bytes, data_start: int, size: int) -> Header:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import expected_tensors
@@ -60,14 +61,19 @@ def take_inventory(checkpoint: Checkpoint) -> Inventory:
     misshapen = {
         name: (tensors[name].shape, wanted)
         for name, wanted in expected.items()
-        if name in tensors and tensors[name].shape != wanted and not (name in packable and _is_packed(tensors[name]))
+        if name in tensors
+        and tensors[name].shape != wanted
+        and not (name in packable and _holds(tensors[name], wanted))
     }
     biases = _bias_table(shape.num_hidden_layers, set(tensors))
     return Inventory(missing=tuple(missing), extra=tuple(extra), misshapen=misshapen, biases=biases)
 
 
-def _is_packed(info: TensorInfo) -> bool:
-    return info.dtype in ("U8", "I8", "I32") or info.dtype.startswith("F8")
+def _holds(info: TensorInfo, wanted: tuple[int, ...]) -> bool:
+    """Whether a packed weight can be one of shape `wanted`: bitsandbytes stores two 4-bit numbers a byte."""
+    if info.dtype == "U8":
+        return info.numel == (prod(wanted) + 1) // 2
+    return info.dtype == "I32"
 
 
 def _lost_when_packing(name: str, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -86,6 +92,8 @@ def _lost_when_packing(name: str, tensors: Mapping[str, TensorInfo]) -> Iterator
     elif info.dtype == "U8":
         if f"{name}.absmax" not in tensors:
             yield f"{name}.absmax"
+        if f"{name}.quant_map" not in tensors:
+            yield f"{name}.quant_map"
         if not any(f"{name}.quant_state.bitsandbytes__{kind}" in tensors for kind in ("nf4", "fp4")):
             yield f"{name}.quant_state.bitsandbytes__nf4"
     elif info.dtype == "I8" and not {f"{module}SCB", f"{name}_scale"} & tensors.keys():

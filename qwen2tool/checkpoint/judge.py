@@ -12,10 +12,13 @@ from typing import Any
 
 from qwen2tool.checkpoint.biases import BIAS_DTYPES
 from qwen2tool.checkpoint.inventory import QKV
+from qwen2tool.checkpoint.names import difference
 from qwen2tool.checkpoint.notes import count, extra_stats, notes
 from qwen2tool.console import format_number
 
 Sections = dict[str, Any]
+QKV_BIASES = tuple(f".self_attn.{projection}_proj.bias" for projection in QKV)
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ def judge(sections: Sections) -> Judgement:
     if verdict.startswith("not qwen2"):
         headline = f"{verdict}: nothing is said about its biases"
         return Judgement(verdict=verdict, biases_sound=False, headline=headline, findings=(), notes=())
-    damage = _damage(sections["biases"], sections["geometry"])
+    damage = _damage(sections["biases"], sections)
     findings = [
         *_bias_findings(sections),
         *_bias_value_findings(sections),
@@ -51,10 +54,13 @@ def judge(sections: Sections) -> Judgement:
         *_config_findings(sections),
         *_value_findings(sections),
     ]
+    headline = damage or _all_there(sections["biases"])
+    if sections["files"]["format"] == "gguf":
+        headline, *findings = (text.replace("config.json", "the GGUF's metadata") for text in (headline, *findings))
     return Judgement(
         verdict=verdict,
         biases_sound=damage is None,
-        headline=damage or _all_there(sections["biases"]),
+        headline=headline,
         findings=tuple(findings),
         notes=tuple(notes(sections)),
     )
@@ -65,33 +71,48 @@ def _verdict(sections: Sections) -> str:
     if kind not in ("qwen2", "llama"):
         return "not qwen2 (Qwen 1: convert it)" if kind == "qwen" else f"not qwen2 (model_type is {kind!r})"
     if not sections["tensors"]["has_layers"]:
-        return f"not qwen2 (model_type is {kind!r}, but no tensor is named model.layers.*)"
+        return f"not qwen2 (model_type is {kind!r}, but no tensor is named model.layers.*{_other_names(sections)})"
     if kind == "llama":
         return "llama layout with qwen2 biases" if biases["present"] else "llama layout without biases"
     return "qwen2 with missing biases" if biases["missing"] else "qwen2"
 
 
-def _damage(biases: Sections, shape: Sections) -> str | None:
+def _other_names(sections: Sections) -> str:
+    """How the names differ, where they are the architecture's but for the words of a wrapper."""
+    renamed = sections["tensors"]["renamed"]
+    name = next((name for name in renamed if name.startswith("model.layers.")), None)
+    return f": the names come {difference(name, renamed[name])}, so rename them" if name else ""
+
+
+def _damage(biases: Sections, sections: Sections) -> str | None:
     """What is wrong with the biases, in the words that a worried user reads first; None where nothing is."""
-    expected, missing, zero = biases["expected"], biases["missing"], biases["zero"]
+    expected, missing, zero, shape = biases["expected"], biases["missing"], biases["zero"], sections["geometry"]
     if missing == expected and shape["model_type"] == "llama":
         return f"none of the {expected} q/k/v biases that a Qwen2 has is there; a Llama has none"
     if missing:
-        return f"{missing} of {expected} q/k/v biases are MISSING"
+        renamed = sum(name.endswith(QKV_BIASES) for name in sections["tensors"]["renamed"])
+        under = ", all of them there under other names" if renamed == missing else ""
+        return f"{missing} of {expected} q/k/v biases are MISSING{under}"
     but = f"all {expected} q/k/v biases are there, but"
     if len(zero) == expected:
         return f"{but} every one is zero: they were lost, and zeros saved in their place"
     if zero:
-        return f"{but} {len(zero)} of them hold nothing but zeros"
+        return f"{but} {_of_them(len(zero))} nothing but zeros"
     if biases["not_finite"]:
-        return f"{but} {len(biases['not_finite'])} of them hold NaN or Inf"
+        return f"{but} {_of_them(len(biases['not_finite']))} NaN or Inf"
     if odd := _odd_dtypes(biases):
         return f"{but} {sum(odd.values())} of them as {', '.join(odd)}, which is no bias that can be added"
     if biases["read"] and len(_norms(biases)) < expected:
         return f"{but} {expected - len(_norms(biases))} of them in a shape that is no bias"
+    if misshapen := [name for name in sections["tensors"]["misshapen"] if name.endswith(QKV_BIASES)]:
+        return f"{but} {len(misshapen)} of them in another size than config.json asks for"
     if not shape["attention_bias"]:
         return f"{but} config.json does not set attention_bias, so Llama readers drop them all"
     return None
+
+
+def _of_them(number: int) -> str:
+    return "1 of them holds" if number == 1 else f"{number} of them hold"
 
 
 def _all_there(biases: Sections) -> str:
@@ -160,8 +181,15 @@ def _bias_value_findings(sections: Sections) -> Iterator[str]:
 
 def _tensor_findings(sections: Sections) -> Iterator[str]:
     tensors = sections["tensors"]
-    missing = [name for name in tensors["missing"] if not name.endswith(".bias")]
-    extra = [name for name in tensors["extra"] if not _explained(name, sections)]
+    renamed = tensors["renamed"]
+    missing = [name for name in tensors["missing"] if not name.endswith(".bias") and name not in renamed]
+    extra = [n for n in tensors["extra"] if not _explained(n, sections) and n not in renamed.values()]
+    if renamed:
+        name, other = next(iter(renamed.items()))
+        yield (
+            f"{count(renamed, 'tensor')} there under other names ({difference(name, other)}), the first is {other}: "
+            "rename them, or save the model again without what wraps it"
+        )
     if "lm_head.weight" in missing and not sections["head"]["tied"]:
         missing.remove("lm_head.weight")
         yield (
@@ -176,6 +204,14 @@ def _tensor_findings(sections: Sections) -> Iterator[str]:
             f"{count(tensors['misshapen'], 'tensor')} of another shape than config.json says, the first is {name}: "
             f"it has {shapes['found']}, config.json asks for {shapes['expected']}"
         )
+    if not sections["quantization"]["evidence"]:
+        for dtype in INTEGERS:
+            if dtype in tensors["dtypes"]:
+                number = range(tensors["dtypes"][dtype]["tensors"])
+                yield (
+                    f"{count(number, 'tensor')} stored as whole numbers ({dtype}) with nothing that says how to scale "
+                    "them: readers take them for the weights themselves"
+                )
     if extra:
         yield f"{count(extra, 'tensor')} there that no such model has, the first is {extra[0]}"
 
@@ -188,6 +224,10 @@ def _explained(name: str, sections: Sections) -> bool:
 
 
 def _config_findings(sections: Sections) -> Iterator[str]:
+    if sections["geometry"]["model_type"] in ("qwen2", "llama"):
+        yield from sections["config"]["faults"]
+    if sections["config"]["other_class"]:
+        yield sections["config"]["other_class"]
     shape, rope, tokens = sections["geometry"], sections["rope"], sections["tokenizer"]
     if shape["num_attention_heads"] % shape["num_key_value_heads"]:
         yield (

@@ -37,7 +37,7 @@ def extra_stats(biases: Sections) -> Iterator[tuple[str, Sections]]:
 
 def _layout_notes(sections: Sections) -> Iterator[str]:
     head, biases = sections["head"], sections["biases"]
-    if biases["missing"] or biases["zero"]:
+    if (biases["missing"] and not sections["tensors"]["renamed"]) or biases["zero"]:
         yield "lost biases come back from the original: qwen2tool convert THIS OUT --biases-from ORIGINAL"
     llama = sections["geometry"]["model_type"] == "llama"
     if head["tied"] and head["lm_head"] in ("present", "equal"):
@@ -91,11 +91,15 @@ def _config_notes(sections: Sections) -> Iterator[str]:
     if sliding["sliding_window"] is not None and not sliding["layers"]:
         layers = sections["geometry"]["num_hidden_layers"]
         reason = (
-            f"max_window_layers {sliding['max_window_layers']} leaves no layer of {layers} to slide"
-            if sliding["use_sliding_window"]
-            else "use_sliding_window is false"
+            "use_sliding_window is false"
+            if not sliding["use_sliding_window"]
+            else "layer_types lets no layer slide (readers that do not know it go by max_window_layers)"
+            if sliding["layer_types"]
+            else f"max_window_layers {sliding['max_window_layers']} leaves no layer of {layers} to slide"
         )
         yield f"sliding_window {sliding['sliding_window']} is set but unused: {reason}"
+    if sections["config"]["hidden_act"] != "silu":
+        yield f"hidden_act is {ascii(sections['config']['hidden_act'])[:40]}; every published Qwen2 has silu"
     if tokens and tokens["padded_rows"]:
         yield (
             f"the vocabulary is padded: {tokens['padded_rows']} of {tokens['vocabulary_rows']} rows belong to no "

@@ -139,6 +139,7 @@ def _sections(checkpoint: Checkpoint, numbers: Vectors | None) -> dict[str, Any]
     parameters = facts.parameters_section(checkpoint)
     return {
         "geometry": facts.geometry_section(checkpoint),
+        "config": facts.config_section(checkpoint),
         "parameters": parameters,
         "tensors": facts.tensors_section(checkpoint, found),
         "files": facts.files_section(checkpoint),
@@ -156,7 +157,8 @@ def _sections(checkpoint: Checkpoint, numbers: Vectors | None) -> dict[str, Any]
 
 def _add_values(checkpoint: Checkpoint, sections: dict[str, Any]) -> None:
     """Reads the tensors: fills `values`, and says of a tied head's copy whether it is one."""
-    from qwen2tool.checkpoint.values import measure, same_data, summarise
+    from qwen2tool.checkpoint.reader import same_data
+    from qwen2tool.checkpoint.values import measure, summarise
 
     sections["values"] = summarise(checkpoint, measure(checkpoint))
     head = checkpoint.tensors.get("lm_head.weight")

@@ -38,7 +38,8 @@ def print_report(report: Report) -> None:
         say(f"careful: {report.hazard}")
     for note in report.notes:
         say(f"note: {note}")
-    say(f"verdict: {report.verdict}")
+    wrong = f", with {len(report.findings)} finding{'s' * (len(report.findings) > 1)}" if report.findings else ""
+    say(f"verdict: {report.verdict}{wrong}")
 
 
 def _facts(sections: Sections) -> Iterator[tuple[str, str]]:

@@ -149,7 +149,11 @@ def _print_biases(biases: dict[str, dict[str, Any]], names: list[str]) -> None:
         return
     say("")
     rows = [
-        (name, *("MISSING" if norm is None else format_number(norm) for norm in it["norms"]), it["largest_difference"])
+        (
+            name,
+            *("MISSING" if norm is None else format_number(norm) for norm in it["norms"]),
+            it["largest_difference"] or "-",
+        )
         for name, it in list(biases.items())[:SHOWN]
     ]
     columns = ("bias", *(f"norm in {name}" for name in names), "largest difference")

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from qwen2tool.checkpoint.header import ITEM_BYTES, Header, TensorInfo, is_text
+from qwen2tool.checkpoint.header import ITEM_BYTES, Header, TensorInfo, is_text, refuse_other_downloads
 from qwen2tool.checkpoint.torch_pickle import DAMAGED, Stored, read_state
 from qwen2tool.errors import UserError
 
@@ -50,6 +50,7 @@ def _require_zip(file: Path, handle: BinaryIO) -> None:
         raise UserError(
             f"{file}: written by a torch before 1.6, as a bare pickle", f"Save it again where you trust it: {RESAVE}"
         )
+    refuse_other_downloads(file, start)
     if not start.startswith(b"PK\x03\x04"):
         raise UserError(f"{file}: not a file of torch (no zip archive)", DAMAGED)
 

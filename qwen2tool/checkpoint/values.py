@@ -134,15 +134,6 @@ def _sum_of_squares(x: torch.Tensor, top: float) -> float:
     return float(runs.double().square().sum() + x[whole:].double().square().sum())
 
 
-def same_data(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors are equal byte for byte."""
-    from qwen2tool.checkpoint.reader import raw_chunks
-
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(a == b for a, b in zip(raw_chunks(one), raw_chunks(other), strict=True))
-
-
 def summarise(checkpoint: Checkpoint, stats: Mapping[str, Stats]) -> dict[str, Any]:
     """The `values` section of a report; `not_read` counts the tensors, by dtype, whose numbers are packed."""
     weights = {name: s for name, s in stats.items() if name.endswith(".weight")}

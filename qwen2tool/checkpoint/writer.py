@@ -36,6 +36,14 @@ SIDE_FILES = (
     "LICENSE",
 )
 """What belongs to a checkpoint beside weights and config.json, copied byte for byte."""
+OUTPUT_MARKS = (
+    ("adapter_config.json",),
+    ("settings.yaml", "inputs.json"),
+    ("trainer_state.json",),
+    ("sft-train.jsonl", "dpo-train.jsonl"),
+)
+"""Files by which an adapter, a run of `train`, a trainer's checkpoint and a demo are known."""
+SHOWN = 3
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -56,13 +64,19 @@ class Slot:
 def require_free(target: Path, overwrite: bool) -> None:
     """Passes where `target` may be written.
 
+    `overwrite` lets go of what can be made again, and of nothing else: an empty folder, or one that this tool or a
+    trainer wrote (a checkpoint, an adapter, a training run, a demo).
+
     Raises:
-        UserError: it exists and `overwrite` is off, it is a file or a link, or the folder above it is missing.
+        UserError: it exists and `overwrite` is off, it is a file or a link, it holds something else, or the folder
+            above it is missing.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"{target}: is no folder that could be replaced", "Choose another output")
     if target.exists() and not overwrite:
         raise UserError(f"{target}: already exists", "Choose another output, or pass --overwrite")
+    if target.exists():
+        _require_replaceable(target)
     if not target.absolute().parent.is_dir():
         raise UserError(f"{target.absolute().parent}: no such folder to write into", "Create it first")
 
@@ -80,18 +94,31 @@ def require_apart(target: Path, *sources: Path) -> None:
             raise UserError(f"{target}: replacing it would delete {kept.resolve()}", "Choose another output")
 
 
-def require_checkpoint_or_empty(target: Path) -> None:
-    """Passes where a folder `target` that is to be replaced holds a checkpoint, or nothing at all.
-
-    Raises:
-        UserError: it holds something else, which nobody means by "replace the output".
-    """
-    files = sorted(file.name for file in target.iterdir()) if target.is_dir() else []
-    if files and "config.json" not in files:
+def _require_replaceable(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    if names and not _is_output(folder):
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         raise UserError(
-            f"{target}: holds {files[0]} and no checkpoint that could be replaced",
+            f"{folder}: holds {', '.join(names[:SHOWN])}{more}, and is no checkpoint, adapter, training run or demo, "
+            "which is all that --overwrite replaces",
             "Choose another output, or empty that folder yourself",
         )
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder holds what a tool for models writes, by files that other folders do not have."""
+    if _names_a_model(folder / "config.json") or any(folder.glob("checkpoint-*/trainer_state.json")):
+        return True
+    return any(all((folder / name).is_file() for name in names) for names in OUTPUT_MARKS)
+
+
+def _names_a_model(config: Path) -> bool:
+    """Many programs have a config.json; that of a model says which kind."""
+    try:
+        value = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "model_type" in value
 
 
 @contextmanager
@@ -99,11 +126,11 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A new folder to fill; it takes the name `target` when the block ends well, and is removed when it does not.
 
     Raises:
-        UserError: the target exists (without `overwrite`), or the disk is full.
+        UserError: the target exists (without `overwrite`), or the disk is full; see `require_free`.
     """
+    _sweep(target.absolute())
     require_free(target, overwrite)
     target = target.absolute()
-    _sweep(target)
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:

@@ -7,7 +7,8 @@ import typer
 from qwen2tool.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+REPLACES = "Replace an output that exists: a file, or a folder that holds a model, adapter, run or demo."
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=REPLACES)]
 CPU_OR_GPU = "auto, cpu or cuda."
 
 

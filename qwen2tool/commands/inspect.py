@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen2tool.commands.common import Json, Overwrite, print_json
+from qwen2tool.commands.common import Json, print_json
 from qwen2tool.errors import UserError
 
 
@@ -16,17 +16,21 @@ def inspect(
             help="Checkpoint: folder, .safetensors, .bin or .gguf file, adapter folder or Hub id; or several."
         ),
     ],
-    values: Annotated[bool, typer.Option("--values", help="Read every tensor, not the biases alone.")] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read every tensor, not the biases alone: NaN, Inf, zeros, range.")
+    ] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the norms of the q/k/v biases by layer into this .png.")
+        Path | None,
+        typer.Option("--plot", help="Draw the norms of the q/k/v biases by layer into this .png (one checkpoint)."),
     ] = None,
     as_json: Json = False,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the .png of --plot.")] = False,
 ) -> int:
-    """Say what a checkpoint is and whether it is whole, q/k/v biases first. Exit code 1 if something is wrong.
+    """Say what a checkpoint is and whether it is whole, q/k/v biases first.
 
-    Several are set side by side. Of a Hub id only headers are read.
+    Exit code 0 sound, 1 something is wrong (or no Qwen2), 2 not to be read. Several are set side by side. Of a Hub id
+    only headers are read.
     """
     from qwen2tool.checkpoint.report import Report
 

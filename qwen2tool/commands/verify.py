@@ -12,8 +12,12 @@ Adapters = list[Path] | None
 
 
 def verify_equivalence(
-    reference: Annotated[str, typer.Argument(help="The model that is right: folder, GGUF file or Hub id.")],
-    candidate: Annotated[str | None, typer.Argument(help="The model in question, in any format that is read.")] = None,
+    reference: Annotated[
+        str, typer.Argument(help="The model that is right: folder, file, adapter's folder or Hub id.")
+    ],
+    candidate: Annotated[
+        str | None, typer.Argument(help="The model in question, of the same kinds; none with --routes.")
+    ] = None,
     adapter: Annotated[
         Adapters, typer.Option(help="Compare with REFERENCE + this LoRA adapter; several in order.")
     ] = None,
@@ -29,14 +33,21 @@ def verify_equivalence(
         bool, typer.Option("--gradients", help="Compare gradients of LoRA and of each layer's input too.")
     ] = False,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, help="Mean KLD that is allowed; the default is the reference's own noise.")
+        float | None, typer.Option(min=0, help="Mean KLD that is allowed instead of the reference's own noise.")
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Plain text to compare on.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Plain text to compare on; without --text and --data, bundled chats.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Instruction records to compare on, answers scored.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 4096,
     device: Annotated[str, typer.Option(help=CPU_OR_GPU)] = "auto",
-    dtype: Annotated[str, typer.Option(help="What the model is meant to run in: its noise there is the bar.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What the model runs in, auto (as stored), float32, float16 or bfloat16: its noise is the bar."
+        ),
+    ] = "auto",
     generate: Annotated[
         int, typer.Option(min=0, help="Compare greedy continuations of so many tokens; loads whole models.")
     ] = 0,
@@ -51,7 +62,7 @@ def verify_equivalence(
 ) -> int:
     """Prove that two checkpoints are the same function, or that the fast path computes what transformers does.
 
-    Exit code 0 equivalent, 1 different, 2 could not tell.
+    Exit code 0 equivalent, 1 different, 2 undecided or not to be read.
     """
     choice("--adapter-on", adapter_on, ("16bit", "nf4"))
     nf4 = choice("--quantize", quantize, ("none", "nf4")) == "nf4"

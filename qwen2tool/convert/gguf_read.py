@@ -2,8 +2,9 @@
 
 F32, F16 and BF16 tensors are plain: GGUF lists dimensions innermost first, so its bytes are row-major already. A block
 type is fp32 after reading: each block is a scale (and for some an offset) times small integers, which the `gguf`
-package multiplies out; done for a few rows at a time, one tensor costs its own fp32 size. What quantisation rounded
-away stays away, so such a view is `lossy`; biases and norms are F32 in every file that llama.cpp writes, and exact.
+package multiplies out (Q8_0 is done here, to the same bits and faster); done for a few rows at a time, one tensor costs
+its own fp32 size. What quantisation rounded away stays away, so such a view is `lossy`; biases and norms are F32 in
+every file that llama.cpp writes, and exact.
 
 Architecture "llama": llama.cpp turns neighbouring pairs (2i, 2i + 1) of a head in RoPE where transformers turns (i, i +
 d/2), so its converter reorders the rows of q and k, weights and biases alike. The view has them back in transformers'
@@ -23,13 +24,14 @@ from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import expected_tensors, geometry
 from qwen2tool.checkpoint.header import ITEM_BYTES, TensorInfo
 from qwen2tool.checkpoint.view import AnyTensor, Derived, View, read
+from qwen2tool.convert.gguf_pack import unpack_q8_0
 from qwen2tool.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK_ELEMENTS = 1 << 22
-"""Numbers that are dequantised at a time: 16 MB of fp32."""
+BLOCK_ELEMENTS = 1 << 18
+"""Numbers that are dequantised at a time: 1 MB of fp32, which stays in the cache of a core."""
 ROPE_ROWS = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(?:weight|bias)")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAMPLED_ROWS = 256
@@ -150,6 +152,8 @@ def _rows(info: TensorInfo, first: int, last: int) -> torch.Tensor:
         handle.seek(info.start + first * row_bytes)
         if handle.readinto(raw.data) != raw.nbytes:
             raise UserError(f"{info.file}: ends inside tensor {info.name}", "Copy the file again: it is damaged")
+    if info.dtype == "Q8_0":
+        return unpack_q8_0(torch.from_numpy(raw)).view(last - first, -1)
     numbers: Any = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[info.dtype])
     return torch.from_numpy(numbers)
 

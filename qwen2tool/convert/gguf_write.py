@@ -6,76 +6,58 @@ stores blocks of 32 numbers of a row as int8 and one fp16 scale, the largest mag
 most half a scale, and by what rounding that scale to fp16 adds (a sixteenth of it). A row whose width is no multiple of
 32 stays F32. What fp16 cannot hold is refused, not made infinite.
 
-Written tensor by tensor and a few rows at a time, under a hidden name that becomes `out` when all of it is on the disk.
+Written tensor by tensor and a few rows at a time, in a hidden folder that a killed run leaves for the next one; the
+file takes the name `out` when all of it is on the disk.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Literal
+from uuid import uuid4
 
 from qwen2tool.checkpoint.geometry import Config, Geometry, expected_tensors
-from qwen2tool.checkpoint.gguf_file import LAYER_NAMES, STORED_CONFIG, TOP_NAMES
-from qwen2tool.checkpoint.gguf_header import ALIGNMENT
+from qwen2tool.checkpoint.gguf_file import LAYER_NAMES, TOP_NAMES
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import copy_tensor, row_blocks, write_tensor
-from qwen2tool.checkpoint.values import same_data
-from qwen2tool.checkpoint.view import AnyTensor, View, read
+from qwen2tool.checkpoint.reader import same_data
+from qwen2tool.checkpoint.view import View
 from qwen2tool.checkpoint.writer import FULL_DISK
-from qwen2tool.convert.gguf_vocab import SAMPLING, GgufTokenizer, tokenizer_of_gguf
+from qwen2tool.convert.gguf_metadata import metadata_bytes
+from qwen2tool.convert.gguf_pack import Q8_BLOCK, Planned
+from qwen2tool.convert.gguf_store import GgufStore
+from qwen2tool.convert.gguf_vocab import GgufTokenizer, tokenizer_of_gguf
 from qwen2tool.convert.gguf_vocab_json import tokenizer_of_folder
+from qwen2tool.convert.store import resumable, sync
 from qwen2tool.errors import EXIT_FINDING, UserError
 
-if TYPE_CHECKING:
-    import gguf
-    import torch
-
 GgufKind = Literal["f32", "f16", "bf16", "q8_0"]
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-"""`general.file_type`: what most matrices are."""
 FLOATS = ("F32", "F16", "BF16")
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BLOCK_ELEMENTS = 1 << 22
-"""Numbers that are converted at a time: 16 MB of fp32."""
-Q8_BLOCK = 32
-LARGEST_FP16 = 65504.0
 GGUF_NAMES = {ours: theirs for theirs, ours in TOP_NAMES.items()}
 GGUF_LAYER_NAMES = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
 NEEDS_QWEN2 = "Write a Hugging Face folder instead (qwen2tool convert)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """One tensor to be written: under GGUF's name, as block type `kind` ("F32", "Q8_0")."""
-
-    name: str
-    kind: str
-    tensor: AnyTensor
-
-    @property
-    def nbytes(self) -> int:
-        import gguf
-
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
-        return prod(self.tensor.shape) // block * block_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
 class Written:
-    """`kinds` counts the tensors of a block type; `kept` are matrices that stayed F32 for the width of their rows."""
+    """`kinds` counts the tensors of a block type; `kept` are matrices that stayed F32 for the width of their rows.
+
+    `hashes` holds the sha256 of each tensor's bytes, under its name in the view; `resumed` counts the tensors that an
+    earlier run had written.
+    """
 
     file: Path
     nbytes: int
     kinds: dict[str, int]
     kept: tuple[str, ...]
+    hashes: dict[str, str]
+    resumed: int
 
 
 def write_gguf(
@@ -86,9 +68,27 @@ def write_gguf(
     overwrite: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Written:
-    """Writes `view` to `out` (a new .gguf file), matrices as `kind`, with the tokenizer of the view's origin.
+    """Writes `view` to `out` (a new .gguf file), matrices as `kind`: complete or not at all, never continued."""
+    with gguf_file(view, out, kind, overwrite=overwrite, on_tensor=on_tensor) as written:
+        pass
+    return replace(written, file=out)
+
+
+@contextmanager
+def gguf_file(
+    view: View,
+    out: Path,
+    kind: GgufKind,
+    *,
+    key: str = "",
+    overwrite: bool = False,
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> Iterator[Written]:
+    """The finished file under a hidden name; it takes the name `out` when the block, which may prove it, ends well.
 
     Args:
+        key: hexadecimal, names what the bytes are made from: what a killed run with the same key and `out` wrote is
+            gone on with. Without one, nothing is.
         on_tensor: called after each tensor with its name in `view` and the bytes written for it.
 
     Raises:
@@ -98,27 +98,22 @@ def write_gguf(
     """
     _require_target(out, overwrite)
     plan = _plan(view, kind)
-    config = view.config
-    facts = _facts(view.geometry, config)
+    facts = _facts(view.geometry, view.config)
     tokenizer = _tokenizer_of(view)
-    with _atomic_file(out) as partial:
-        _write_header(partial, out.stem, config, facts, tokenizer, plan, kind)
-        with partial.open("ab") as handle:
-            for planned in plan:
-                handle.write(bytes(-handle.tell() % ALIGNMENT))
-                before = handle.tell()
-                _write_data(planned, handle)
-                if handle.tell() - before != planned.nbytes:
-                    raise AssertionError(f"{planned.name}: wrote {handle.tell() - before} bytes of {planned.nbytes}")
-                if on_tensor:
-                    on_tensor(planned.tensor.name, planned.nbytes)
-            handle.write(bytes(-handle.tell() % ALIGNMENT))
-            handle.flush()
-            os.fsync(handle.fileno())
-    kept = tuple(p.tensor.name for p in plan if p.kind == "F32" != kind.upper() and len(p.tensor.shape) > 1)
-    return Written(
-        file=out, nbytes=out.stat().st_size, kinds=dict(Counter(planned.kind for planned in plan)), kept=kept
-    )
+    working = resumable(out, key or uuid4().hex, lambda folder: GgufStore(folder, keep=bool(key)))
+    with _full_disk_is_one_line(out), working as store:
+        header = metadata_bytes(store.folder, out.stem, view.config, facts, tokenizer, plan, kind)
+        file, hashes = store.write(out.name, header, plan, on_tensor)
+        yield Written(
+            file=file,
+            nbytes=file.stat().st_size,
+            kinds=dict(Counter(planned.kind for planned in plan)),
+            kept=tuple(p.tensor.name for p in plan if p.kind == "F32" != kind.upper() and len(p.tensor.shape) > 1),
+            hashes={planned.tensor.name: hashes[planned.name] for planned in plan},
+            resumed=store.resumed,
+        )
+        file.replace(out)
+        sync(out.absolute().parent)
 
 
 def gguf_name(name: str) -> str:
@@ -235,145 +230,10 @@ def _scaling_facts(shape: Geometry) -> dict[str, int | float | str]:
     return facts
 
 
-def _write_header(
-    file: Path,
-    name: str,
-    config: Config,
-    facts: Mapping[str, int | float | str],
-    tokenizer: GgufTokenizer,
-    plan: list[Planned],
-    kind: GgufKind,
-) -> None:
-    """Everything before the data, through the `gguf` package."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(file, "qwen2")
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[kind])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in facts.items():
-        _add(writer, f"qwen2.{key}", value)
-    writer.add_string(STORED_CONFIG, json.dumps(config, ensure_ascii=False))
-    _add_tokenizer(writer, tokenizer)
-    for planned in plan:
-        block_type = gguf.GGMLQuantizationType[planned.kind]
-        # The dtype argument only matters where no block type is given; uint8 would mean a shape in bytes.
-        writer.add_tensor_info(
-            planned.name, planned.tensor.shape, np.dtype(np.float32), planned.nbytes, raw_dtype=block_type
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: int | float | str) -> None:
-    if isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    else:
-        writer.add_uint32(key, value)
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(tokenizer.pre)
-    writer.add_token_list(tokenizer.tokens)
-    writer.add_token_types(tokenizer.kinds)
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer.merges])
-    for role, index in tokenizer.ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", index)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    for label, template in tokenizer.templates.items():
-        key = "tokenizer.chat_template"
-        writer.add_string(key if label == "default" else f"{key}.{label}", template)
-    for theirs, ours in SAMPLING.items():
-        value = tokenizer.sampling.get(ours)
-        if theirs == "top_k" and value is not None:
-            writer.add_int32(f"general.sampling.{theirs}", int(value))
-        elif value is not None:
-            writer.add_float32(f"general.sampling.{theirs}", float(value))
-    for key, text in tokenizer.sidecar.items():
-        if key != STORED_CONFIG:
-            writer.add_string(key, text)
-
-
-def _write_data(planned: Planned, handle: BinaryIO) -> None:
-    """The bytes of one tensor, converted a few rows at a time."""
-    tensor = planned.tensor
-    if isinstance(tensor, TensorInfo) and tensor.dtype == planned.kind:
-        copy_tensor(tensor, handle)
-        return
-    for rows in _row_blocks(tensor):
-        _write_rows(planned, rows, handle)
-
-
-def _row_blocks(tensor: AnyTensor) -> Iterator[torch.Tensor]:
-    if isinstance(tensor, TensorInfo):
-        for _, info in row_blocks(tensor, BLOCK_ELEMENTS):
-            yield read(info)
-        return
-    whole = read(tensor)
-    step = max(1, BLOCK_ELEMENTS // max(1, whole[0].numel()))
-    for first in range(0, len(whole), step):
-        yield whole[first : first + step]
-
-
-def _write_rows(planned: Planned, rows: torch.Tensor, handle: BinaryIO) -> None:
-    import torch
-
-    if planned.kind == "Q8_0":
-        handle.write(_q8_0(planned, rows.float()).data)
-        return
-    if planned.kind == "F16" and rows.dtype != torch.float16:
-        _require_fp16(planned, rows)
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[planned.kind]
-    write_tensor(rows.to(dtype), handle)
-
-
-def _require_fp16(planned: Planned, rows: torch.Tensor) -> None:
-    """fp16 rounds everything from 65520 up to infinity."""
-    largest = float(rows.abs().max())
-    if largest >= LARGEST_FP16 + 16:
-        raise UserError(
-            f"{planned.tensor.name}: holds {largest:g}, which fp16 (largest number {LARGEST_FP16:g}) cannot hold",
-            "Write bf16, q8_0 or f32 instead",
-        )
-
-
-def _q8_0(planned: Planned, rows: torch.Tensor) -> Any:
-    """Blocks of 32 as the `gguf` package rounds them: (rows, bytes a row), uint8."""
-    import gguf
-
-    largest = float(rows.abs().max())
-    if not largest < LARGEST_FP16 * 127:
-        raise UserError(
-            f"{planned.tensor.name}: holds {largest:g}, for which Q8_0 has no scale",
-            "Write bf16 or f32 instead; a checkpoint with NaN or infinity is damaged",
-        )
-    return gguf.quants.quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
-
-
 @contextmanager
-def _atomic_file(out: Path) -> Iterator[Path]:
-    """A hidden path beside `out` to write; it becomes `out` when the block ends well, and is removed when not."""
-    folder = out.absolute().parent
-    for stale in folder.glob(f".{_literal(out.name)}.partial-*"):
-        pid = stale.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
-            stale.unlink(missing_ok=True)
-    partial = folder / f".{out.name}.partial-{os.getpid()}"
+def _full_disk_is_one_line(out: Path) -> Iterator[None]:
     try:
-        yield partial
-        partial.replace(out)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise UserError(
@@ -381,11 +241,3 @@ def _atomic_file(out: Path) -> Iterator[Path]:
                 "Free some space, or choose an output on another disk",
             ) from None
         raise
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _literal(name: str) -> str:
-    import glob
-
-    return glob.escape(name)

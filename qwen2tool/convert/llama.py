@@ -17,7 +17,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from qwen2tool.checkpoint.biases import BIAS_DTYPES, read_vector
 from qwen2tool.checkpoint.geometry import Config, geometry, with_both_spellings
+from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.checkpoint.view import AnyTensor, View, read
 from qwen2tool.errors import EXIT_FINDING, UserError
 
@@ -33,6 +35,13 @@ WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "lay
 LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
 OUTPUT_BIAS = re.compile(r"model\.layers\.\d+\.self_attn\.o_proj\.bias")
 MLP_BIAS = re.compile(r"model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj\.bias")
+
+
+def is_zero(bias: AnyTensor) -> bool:
+    """Whether a bias holds nothing but zeros; a stored one is read without torch, which takes a second to import."""
+    if isinstance(bias, TensorInfo) and bias.dtype in BIAS_DTYPES:
+        return not read_vector(bias).any()
+    return not bool(read(bias).any())
 
 
 def output_bias_name(layer: int) -> str:
@@ -102,7 +111,7 @@ def qwen2_of_llama(view: View) -> View:
             )
         if not OUTPUT_BIAS.fullmatch(name):
             tensors[name] = tensor
-        elif bool(read(tensor).any()):
+        elif not is_zero(tensor):
             raise UserError(
                 f"{view.path}: {name} is not zero: it was trained, and Qwen2 has no place for it",
                 "Keep this model in Llama's layout",

@@ -27,7 +27,8 @@ import torch
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import Config, expected_tensors, geometry
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import copy_tensor, read_tensor, write_tensor
+from qwen2tool.checkpoint.raw import copy_tensor
+from qwen2tool.checkpoint.reader import read_tensor, write_tensor
 from qwen2tool.checkpoint.view import AnyTensor, Derived, View, read
 from qwen2tool.checkpoint.writer import Slot
 from qwen2tool.convert.nf4_codec import (

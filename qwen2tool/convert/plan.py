@@ -3,25 +3,25 @@
 A tensor whose dtype stays is copied from file to file and never becomes a tensor. One whose dtype changes is cast a
 block of rows at a time, and refused where the cast would lose a bit that anybody stored: bf16 -> fp32 never does,
 fp32 -> bf16 does unless the numbers were bf16 before. Only `allow_lossy` lets it pass, and nothing lets an overflow
-pass.
+pass. Where nothing is cast, torch is never imported, which would take longer than copying a GB.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO, Literal
-
-import torch
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from qwen2tool.checkpoint.geometry import Config
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import TORCH_DTYPE, read_tensor, row_blocks, write_tensor
 from qwen2tool.checkpoint.view import AnyTensor, Derived, View, read
 from qwen2tool.checkpoint.writer import Slot
 from qwen2tool.convert.llama import OUTPUT_BIAS, output_bias_name, to_llama_config
 from qwen2tool.convert.store import copy_stored
 from qwen2tool.errors import EXIT_FINDING, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 Target = Literal["qwen2", "llama", "nf4", "gguf"]
 Dtype = Literal["keep", "float32", "float16", "bfloat16"]
@@ -136,6 +136,10 @@ def _bias_dtype(view: View) -> str:
 
 def _zeros(name: str, dtype: str, length: int) -> Derived:
     def compute() -> torch.Tensor:
+        import torch
+
+        from qwen2tool.checkpoint.reader import TORCH_DTYPE
+
         return torch.zeros(length, dtype=TORCH_DTYPE[dtype])
 
     return Derived(name=name, dtype=dtype, shape=(length,), sources=(), compute=compute)
@@ -149,11 +153,16 @@ def _output_dtype(name: str, stored_as: str, dtype: Dtype) -> str:
 
 
 def _how(tensor: AnyTensor, slot: Slot) -> str:
-    if isinstance(tensor, Derived) and not tensor.sources:
-        return "zeros" if OUTPUT_BIAS.fullmatch(slot.name) else "computed"
+    if _is_zeros(tensor):
+        return "zeros"
     if tensor.dtype != slot.dtype:
         return f"cast from {tensor.dtype} to {slot.dtype}"
     return "computed" if isinstance(tensor, Derived) else "copied"
+
+
+def _is_zeros(tensor: AnyTensor) -> bool:
+    """Whether this is the bias that Llama's layout has and Qwen2's has not."""
+    return isinstance(tensor, Derived) and not tensor.sources and bool(OUTPUT_BIAS.fullmatch(tensor.name))
 
 
 def write_as(tensor: AnyTensor, slot: Slot, handle: BinaryIO, allow_lossy: bool = False) -> int:
@@ -165,6 +174,11 @@ def write_as(tensor: AnyTensor, slot: Slot, handle: BinaryIO, allow_lossy: bool 
     if isinstance(tensor, TensorInfo) and tensor.dtype == slot.dtype:
         copy_stored(tensor, handle)
         return 0
+    if _is_zeros(tensor):
+        handle.write(bytes(slot.nbytes))
+        return 0
+    from qwen2tool.checkpoint.reader import write_tensor
+
     changed = 0
     for block in _blocks(tensor):
         cast, lost = _cast(block, slot)
@@ -179,6 +193,8 @@ def write_as(tensor: AnyTensor, slot: Slot, handle: BinaryIO, allow_lossy: bool 
 
 
 def _blocks(tensor: AnyTensor) -> Iterator[torch.Tensor]:
+    from qwen2tool.checkpoint.reader import read_tensor, row_blocks
+
     if isinstance(tensor, Derived):
         yield read(tensor)
         return
@@ -188,6 +204,8 @@ def _blocks(tensor: AnyTensor) -> Iterator[torch.Tensor]:
 
 def _cast(values: torch.Tensor, slot: Slot) -> tuple[torch.Tensor, int]:
     """(values in the slot's dtype, how many of them are not what they were)."""
+    from qwen2tool.checkpoint.reader import TORCH_DTYPE
+
     wanted = TORCH_DTYPE[slot.dtype]
     if values.dtype == wanted:
         return values, 0

@@ -17,7 +17,8 @@ from qwen2tool.convert.restore import Restored
 class ConvertReport:
     """`tensors` counts by what happened to them; `lossy` is what reading the source could not bring back.
 
-    `damage` is that of the manifest, `resumed_shards` counts those that an earlier run had finished.
+    `damage` is that of the manifest, `resumed_shards` counts those that an earlier run had finished (of a GGUF, which
+    is one file, `resumed_tensors`). `warnings` are about the source: one sentence each.
     """
 
     output: str
@@ -27,10 +28,12 @@ class ConvertReport:
     tensors: dict[str, int]
     nbytes: int
     resumed_shards: int
+    resumed_tensors: int
     side_files: tuple[str, ...]
     biases: dict[str, Any] | None
     damage: dict[str, Any] | None
     lossy: str
+    warnings: tuple[str, ...]
     seconds: float
     peak_memory: int
 
@@ -44,10 +47,13 @@ def report_of(
     job: Job,
     manifest: dict[str, Any],
     side_files: list[str],
-    resumed: int,
     nbytes: int,
     restored: Restored | None,
     seconds: float,
+    warnings: tuple[str, ...],
+    *,
+    resumed_shards: int = 0,
+    resumed_tensors: int = 0,
 ) -> ConvertReport:
     """The report of a conversion that is done."""
     return ConvertReport(
@@ -57,11 +63,13 @@ def report_of(
         mapping=job.mapping,
         tensors=dict(Counter(job.how.values())),
         nbytes=nbytes,
-        resumed_shards=resumed,
+        resumed_shards=resumed_shards,
+        resumed_tensors=resumed_tensors,
         side_files=tuple(side_files),
         biases=restored.to_json() if restored else None,
         damage=manifest["damage"],
         lossy=view.lossy,
+        warnings=warnings,
         seconds=seconds,
         peak_memory=resident_peak(),
     )
@@ -85,8 +93,9 @@ def print_report(report: ConvertReport) -> None:
     print_table("", ("", "conversion"), rows, numeric_from=2)
     if report.lossy:
         remark(f"note: {report.lossy}")
-    if report.resumed_shards:
-        remark(f"note: {report.resumed_shards} shards of an earlier run were found whole and kept")
+    resumed = f"{report.resumed_shards} shards" if report.resumed_shards else f"{report.resumed_tensors} tensors"
+    if report.resumed_shards or report.resumed_tensors:
+        remark(f"note: {resumed} of an earlier run were found whole and kept")
 
 
 def _biases(biases: dict[str, Any]) -> str:

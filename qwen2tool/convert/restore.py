@@ -13,17 +13,19 @@ import statistics
 from dataclasses import asdict, dataclass, fields, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint.adapter import fingerprint
 from qwen2tool.checkpoint.geometry import expected_tensors
 from qwen2tool.checkpoint.inventory import BIAS_NAME
 from qwen2tool.checkpoint.view import AnyTensor, View, read
 from qwen2tool.console import progress
+from qwen2tool.convert.llama import is_zero
 from qwen2tool.convert.manifest import public_name
 from qwen2tool.errors import EXIT_FINDING, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 UNSAID = ("model_type", "attention_bias", "dtype", "quantization", "sliding_window", "max_position_embeddings")
 """Fields of a geometry that may differ between an original and a damaged copy of it."""
@@ -96,6 +98,20 @@ def with_biases(damaged: View, original: View, name: str | Path) -> tuple[View, 
     return replace(damaged, tensors={**tensors, **extra}), report
 
 
+def zero_bias_warning(view: View) -> str:
+    """A sentence where q/k/v biases hold nothing but zeros, as no training leaves them; else nothing."""
+    names = [name for name in view.tensors if BIAS_NAME.fullmatch(name)]
+    zero = [name for name in names if is_zero(view.tensors[name])]
+    if not zero:
+        return ""
+    which = "all" if len(zero) == len(names) else f"{len(zero)} of {len(names)}"
+    first = "" if len(zero) == len(names) else f" (the first is {zero[0]})"
+    return (
+        f"{view.path}: {which} q/k/v biases hold nothing but zeros{first}, as a reader leaves them that did not find "
+        "them: if an original has them, add --biases-from ORIGINAL"
+    )
+
+
 def _require_same_geometry(damaged: View, original: View) -> None:
     for item in fields(damaged.geometry):
         mine, theirs = getattr(damaged.geometry, item.name), getattr(original.geometry, item.name)
@@ -114,6 +130,8 @@ def _lost(mine: AnyTensor, whole: AnyTensor) -> bool:
 
 def _relation(tensors: dict[str, AnyTensor], original: View, restored: set[str]) -> tuple[int, list[float]]:
     """(tensors that are the original's byte for byte, cosine of each matrix that is not)."""
+    import torch
+
     equal, cosines = 0, []
     with progress("comparing with the original", sum(tensor.nbytes for tensor in tensors.values())) as advance:
         for name, tensor in tensors.items():
@@ -129,6 +147,8 @@ def _relation(tensors: dict[str, AnyTensor], original: View, restored: set[str])
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return tensor.view(-1).view(torch.uint8)
 
 

@@ -24,17 +24,16 @@ from qwen2tool.checkpoint.writer import (
     copy_side_files,
     plan_shards,
     require_apart,
-    require_checkpoint_or_empty,
     require_free,
     write_index,
     write_json,
 )
-from qwen2tool.console import progress
+from qwen2tool.console import progress, remark
 from qwen2tool.convert.manifest import MANIFEST, make_manifest, public_name
 from qwen2tool.convert.plan import Dtype, Job, Target, plan_job
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.convert.report import ConvertReport, report_of
-from qwen2tool.convert.restore import Restored, with_biases
+from qwen2tool.convert.restore import Restored, with_biases, zero_bias_warning
 from qwen2tool.convert.store import Store, resumable
 from qwen2tool.errors import UserError
 
@@ -100,7 +99,7 @@ def convert(
         out: complete or not there. A run that was killed goes on where it was when it is called again.
         biases_from: the checkpoint that `source` was made from, for the q/k/v biases that `source` lost.
         revision: of a Hub id.
-        overwrite: replace `out`.
+        overwrite: replace `out`, a file or a folder that holds a model (see `require_free`).
 
     Raises:
         UserError: what cannot be read, said or held without loss; an output that exists; a full disk.
@@ -110,23 +109,29 @@ def convert(
     options.check()
     if options.to != "gguf":
         require_free(out, overwrite)
-        require_checkpoint_or_empty(out)
     view, original, restored = _open(source, biases_from, revision, options)
+    warning = zero_bias_warning(view)
+    if warning:
+        remark(f"warning: {warning}")
+    warnings = (warning,) if warning else ()
     if options.to == "gguf":
         from qwen2tool.convert.to_gguf import require_no_part, write_gguf_file
 
         if original is not None:
             require_no_part(out, original)
-        return write_gguf_file(view, source, out, options.gguf_type, overwrite, restored, start)
+        key = _key(view, original, options)
+        return write_gguf_file(view, source, out, options.gguf_type, key, overwrite, restored, start, warnings)
     require_apart(out, view.path, *((original.path,) if original else ()))
     job = plan_job(view, options.to, options.dtype, drop_biases=options.drop_biases, allow_lossy=options.allow_lossy)
     key = _key(view, original, options)
-    with atomic_folder(out, overwrite) as folder, resumable(out, key) as store:
+    with atomic_folder(out, overwrite) as folder, resumable(out, key, Store) as store:
         manifest, side_files = _fill(store, view, source, out, job, options, restored)
         store.move_into(folder)
     nbytes = sum(slot.nbytes for slot in job.slots)
     seconds = time.perf_counter() - start
-    return report_of(out, view, job, manifest, side_files, store.resumed, nbytes, restored, seconds)
+    return report_of(
+        out, view, job, manifest, side_files, nbytes, restored, seconds, warnings, resumed_shards=store.resumed
+    )
 
 
 def _open(
@@ -216,14 +221,16 @@ def _measure(
     view: View, folder: Path, job: Job, options: Options, resumed: int, names: tuple[str, str]
 ) -> dict[str, Any] | None:
     """The damage of a lossy conversion of names[0] to names[1], and the model card that says so; None without one."""
-    from qwen2tool.convert.lossy import measure, measure_rounding, model_card
-
     if options.to == "nf4":
+        from qwen2tool.convert.lossy import measure_rounding
+
         rounding = measure_rounding(view, open_qwen2(folder), "rounded to NF4")
         return rounding.to_json() if rounding else None
     what = _loss(view, job, options, resumed)
     if not what:
         return None
+    from qwen2tool.convert.lossy import measure, model_card
+
     damage = measure(view, open_qwen2(folder, whole=not options.drop_biases), folder, what)
     (folder / "README.md").write_text(model_card(names[1], names[0], damage), encoding="utf-8")
     return damage.to_json()

@@ -21,11 +21,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.checkpoint.header import TensorInfo, read_header
-from qwen2tool.checkpoint.reader import copy_tensor, raw_chunks
+from qwen2tool.checkpoint.raw import copy_tensor, raw_chunks
 from qwen2tool.checkpoint.writer import FULL_DISK, Slot, write_json, write_safetensors
 from qwen2tool.console import Advance, remark
 from qwen2tool.errors import UserError
@@ -45,6 +45,17 @@ class Digest(Protocol):
     def update(self, data: memoryview, /) -> None: ...
 
 
+class Working(Protocol):
+    """What works in a folder that may outlive a kill."""
+
+    @property
+    def kept(self) -> str:
+        """What of it the same command would go on behind, in words; nothing where there is nothing."""
+
+
+Kind = TypeVar("Kind", bound=Working)
+
+
 class Store:
     """The working folder of one conversion; `resumed` counts the shards that an earlier run had finished."""
 
@@ -54,8 +65,8 @@ class Store:
         self._shards = _read_journal(folder / JOURNAL)
 
     @property
-    def finished(self) -> int:
-        return len(self._shards)
+    def kept(self) -> str:
+        return f"{len(self._shards)} finished shards" if self._shards else ""
 
     def write(self, shards: Mapping[str, Sequence[Slot]], write: Write, advance: Advance) -> Hashes:
         """Writes the shards that are not there yet; returns the sha256 of every tensor's bytes."""
@@ -102,7 +113,7 @@ class Store:
             advance(slot.nbytes)
 
         write_safetensors(unfinished, slots, write_hashed)
-        _sync(unfinished)
+        sync(unfinished)
         hashes = {name: hashed.digest for name, hashed in hashing.items()}
         unfinished.rename(self.folder / file)
         return hashes
@@ -111,7 +122,7 @@ class Store:
         """The journal, replaced whole: it never holds half an entry."""
         unfinished = self.folder / (JOURNAL + UNFINISHED)
         write_json(unfinished, self._shards)
-        _sync(unfinished)
+        sync(unfinished)
         unfinished.replace(self.folder / JOURNAL)
 
 
@@ -149,7 +160,7 @@ class HashingFile:
             begin = self._handle.tell()
             done = _copy_range(source.fileno(), info.start, self._handle.fileno(), begin, info.nbytes)
         self._handle.seek(begin + done)
-        self._pending.append(self._pool.submit(_hash_range, self._hash, info.file, info.start, done))
+        self._pending.append(self._pool.submit(hash_range, self._hash, info.file, info.start, done))
         if done < info.nbytes:
             for piece in raw_chunks(replace(info, start=info.start + done)):
                 self.write(piece)
@@ -186,7 +197,12 @@ def _copy_range(source: int, begin: int, target: int, offset: int, count: int) -
     return done
 
 
-def _hash_range(digest: Digest, file: Path, begin: int, count: int) -> None:
+def hash_range(digest: Digest, file: Path, begin: int, count: int) -> None:
+    """Hands `count` bytes of `file` from `begin` on to `digest`.
+
+    Raises:
+        OSError: the file ends before.
+    """
     buffer = memoryview(bytearray(min(HASH_BYTES, count)))
     done = 0
     with file.open("rb", buffering=0) as source:
@@ -199,8 +215,8 @@ def _hash_range(digest: Digest, file: Path, begin: int, count: int) -> None:
 
 
 @contextmanager
-def resumable(target: Path, key: str) -> Iterator[Store]:
-    """The working folder for `target` and `key` (hexadecimal); what an error of the system leaves in it is kept.
+def resumable(target: Path, key: str, kind: Callable[[Path], Kind]) -> Iterator[Kind]:
+    """A `kind` in the working folder for `target` and `key` (hexadecimal); what an error of the system leaves is kept.
 
     Raises:
         UserError: another run is writing the same target. A UserError from inside removes the folder: the same command
@@ -214,15 +230,15 @@ def resumable(target: Path, key: str) -> Iterator[Store]:
                 shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
     with _locked(folder, target):
-        store = Store(folder)
+        working = kind(folder)
         try:
-            yield store
+            yield working
         except UserError:
             shutil.rmtree(folder)
             raise
         except BaseException:
-            if store.finished:
-                remark(f"{store.finished} finished shards are kept in {folder}: the same command goes on behind them")
+            if working.kept:
+                remark(f"{working.kept} are kept in {folder}: the same command goes on behind them")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -257,7 +273,8 @@ def _digest(pieces: Iterator[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
+    """Returns when the contents of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,22 +1,22 @@
 """`convert --to gguf`: one file, its manifest beside it, and what the file holds held against what it was made from.
 
-The file is read back through the same door as any GGUF: every tensor is compared with the one it was written from, so
-that a rounding that was asked for by name is stated as a number, and everything else is known to be exact.
+The file is read back through the same door as any GGUF before it takes its name: every tensor is compared with the one
+it was written from, so that a rounding that was asked for by name is stated as a number, and everything else is known
+to be exact.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from qwen2tool.checkpoint.folder import open_checkpoint
-from qwen2tool.checkpoint.reader import raw_chunks
+from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.checkpoint.view import View
 from qwen2tool.checkpoint.writer import Slot, write_json
 from qwen2tool.console import progress
-from qwen2tool.convert.gguf_write import GgufKind, write_gguf
+from qwen2tool.convert.gguf_write import GgufKind, gguf_file
 from qwen2tool.convert.lossy import measure_rounding
 from qwen2tool.convert.manifest import MANIFEST, make_manifest
 from qwen2tool.convert.plan import Job, stored
@@ -27,35 +27,50 @@ from qwen2tool.errors import UserError
 
 
 def write_gguf_file(
-    view: View, name: str | Path, out: Path, kind: str, overwrite: bool, restored: Restored | None, start: float
+    view: View,
+    name: str | Path,
+    out: Path,
+    kind: str,
+    key: str,
+    overwrite: bool,
+    restored: Restored | None,
+    start: float,
+    warnings: tuple[str, ...] = (),
 ) -> ConvertReport:
     """Writes `view` (of the source `name`) to the file `out`, complete or not at all; `start` is when the run began.
+
+    A run that was killed goes on where it was when it is called again with the same `key` (see `write_gguf`).
 
     Raises:
         UserError: see `write_gguf`; an output that is a part of the source.
     """
     require_no_part(out, view)
     with progress("writing GGUF", sum(tensor.nbytes for tensor in view.tensors.values())) as advance:
-        write_gguf(
-            view, out, cast(GgufKind, kind), overwrite=overwrite,
+        whole = gguf_file(
+            view, out, cast(GgufKind, kind), key=key, overwrite=overwrite,
             on_tensor=lambda tensor, _: advance(view.tensors[tensor].nbytes),
         )  # fmt: skip
-    after = open_qwen2(out)
-    rounding = measure_rounding(view, after, f"rounded to {kind.upper()}")
-    job, hashes = _job(view, out, kind)
-    manifest = make_manifest(
-        view,
-        name,
-        job,
-        hashes,
-        to="gguf",
-        dtype=kind,
-        biases=restored.to_json() if restored else None,
-        damage=rounding.to_json() if rounding else None,
-    )
-    write_json(out.with_suffix("." + MANIFEST), manifest)
+        with whole as written:
+            after = open_qwen2(written.file)
+            rounding = measure_rounding(view, after, f"rounded to {kind.upper()}")
+            job = _job(view, after.origin.tensors, kind)
+            manifest = make_manifest(
+                view,
+                name,
+                job,
+                written.hashes,
+                to="gguf",
+                dtype=kind,
+                biases=restored.to_json() if restored else None,
+                damage=rounding.to_json() if rounding else None,
+            )
+            write_json(written.file.with_name(MANIFEST), manifest)
+            written.file.with_name(MANIFEST).replace(out.with_suffix("." + MANIFEST))
     nbytes = sum(info.nbytes for info in after.origin.tensors.values())
-    return report_of(out, view, job, manifest, ["tokenizer"], 0, nbytes, restored, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return report_of(
+        out, view, job, manifest, ["tokenizer"], nbytes, restored, seconds, warnings, resumed_tensors=written.resumed
+    )
 
 
 def require_no_part(out: Path, view: View) -> None:
@@ -68,17 +83,8 @@ def require_no_part(out: Path, view: View) -> None:
         raise UserError(f"{out}: replacing it would delete what it is made from", "Choose another output")
 
 
-def _job(view: View, out: Path, kind: str) -> tuple[Job, dict[str, str]]:
-    """What was written, as a job that is done, and the sha256 of each tensor's bytes in the file."""
-    written = open_checkpoint(out).tensors
-    hashes: dict[str, str] = {}
-    with progress("hashing", sum(info.nbytes for info in written.values())) as advance:
-        for tensor, info in written.items():
-            digest = hashlib.sha256()
-            for piece in raw_chunks(info):
-                digest.update(piece)
-            hashes[tensor] = digest.hexdigest()
-            advance(info.nbytes)
+def _job(view: View, written: Mapping[str, TensorInfo], kind: str) -> Job:
+    """What was written, as a job that is done."""
     how = {}
     for tensor, info in written.items():
         same = view.tensors[tensor].dtype == info.dtype
@@ -87,7 +93,7 @@ def _job(view: View, out: Path, kind: str) -> tuple[Job, dict[str, str]]:
     def done(*_: object) -> None:
         raise AssertionError("a GGUF is written whole")
 
-    job = Job(
+    return Job(
         slots=[Slot(name=info.name, dtype=info.dtype, shape=info.shape) for info in written.values()],
         write=done,
         config=view.config,
@@ -95,4 +101,3 @@ def _job(view: View, out: Path, kind: str) -> tuple[Job, dict[str, str]]:
         sources={tensor: stored(view.tensors[tensor]) for tensor in written},
         mapping=f"GGUF's names of a Qwen2; matrices {kind.upper()}, biases and norms F32; config.json kept inside",
     )
-    return job, hashes

@@ -9,7 +9,7 @@ from typing import BinaryIO, Literal
 from qwen2tool.checkpoint.folder import INDEX_NAME, open_checkpoint
 from qwen2tool.checkpoint.header import TensorInfo, read_header
 from qwen2tool.checkpoint.inventory import BIAS_NAME
-from qwen2tool.checkpoint.reader import copy_tensor
+from qwen2tool.checkpoint.raw import copy_tensor
 from qwen2tool.checkpoint.writer import Slot, atomic_folder, copy_side_files, write_index, write_json, write_safetensors
 
 

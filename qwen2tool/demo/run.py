@@ -57,7 +57,7 @@ def run_demo(folder: Path, model: str | None, *, overwrite: bool = False) -> int
     Args:
         folder: made new; every product is left in it.
         model: another base than tiny-qwen2: a folder or a Hub id.
-        overwrite: replace a folder that exists.
+        overwrite: replace a folder that exists and holds a demo or the like (see `require_free`).
 
     Raises:
         UserError: the folder exists, or the base is unusable.

@@ -19,7 +19,8 @@ from qwen2tool.checkpoint.adapter import LoraPair, fingerprint
 from qwen2tool.checkpoint.folder import HUB_ID, INDEX_NAME
 from qwen2tool.checkpoint.geometry import Config, read_json, with_both_spellings
 from qwen2tool.checkpoint.header import TensorInfo, read_header
-from qwen2tool.checkpoint.reader import TORCH_DTYPE, copy_tensor, read_tensor, row_blocks, write_tensor
+from qwen2tool.checkpoint.raw import copy_tensor
+from qwen2tool.checkpoint.reader import TORCH_DTYPE, read_tensor, row_blocks, write_tensor
 from qwen2tool.checkpoint.writer import (
     Slot,
     atomic_folder,
@@ -55,7 +56,7 @@ def merge(
         base: folder or Hub id of a 16- or 32-bit checkpoint.
         adapter: plain LoRA in PEFT's format.
         out: a new folder; it is complete or not there.
-        overwrite: replace `out` where it exists.
+        overwrite: replace `out` where it exists and holds a model or the like (see `require_free`).
         allow_other_base: skip the check that the adapter was trained on this very base.
         dtype: of all floating-point tensors of the output; "keep" leaves every tensor in the base's.
 

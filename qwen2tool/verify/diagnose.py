@@ -12,24 +12,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qwen2tool.checkpoint.view import AnyTensor, View, read
-from qwen2tool.verify.inventory import HEAD, TABLE, InventoryComparison, used_tensors
+from qwen2tool.checkpoint.view import AnyTensor, View
+from qwen2tool.verify.inventory import HEAD, TABLE, InventoryComparison, cannot_run, used_tensors
 from qwen2tool.verify.limits import SMALLEST_MEAN_KLD
-from qwen2tool.verify.patterns.adapters import find_factors, findings_of, pairs_of
+from qwen2tool.verify.patterns.adapters import find_factors, find_not_finite, findings_of, pairs_of
 from qwen2tool.verify.patterns.entries import examine, examine_plainly
 from qwen2tool.verify.patterns.files import (
     find_in_config,
     find_in_inventory,
     find_in_shapes,
     find_in_storage,
+    find_other_model,
     find_split_head,
 )
 from qwen2tool.verify.patterns.finding import Finding, noun
 from qwen2tool.verify.patterns.lowrank import find_rank
 from qwen2tool.verify.patterns.places import Places, find_places
-from qwen2tool.verify.patterns.sentences import CODES, sentence
+from qwen2tool.verify.patterns.sentences import CODES, sentence, without_config
 from qwen2tool.verify.statistics import LogitFigures
-from qwen2tool.verify.tensors import TensorComparison
+from qwen2tool.verify.tensors import TensorComparison, numbers
 
 if TYPE_CHECKING:
     from qwen2tool.checkpoint.adapter import Adapter
@@ -39,9 +40,11 @@ MOST_OF_ALL = 0.5
 MOST_DETAILS = 4
 """Sentences of one kind; beyond, one stands for all."""
 WORST = 3
+UNLIKE = 0.1
+"""Cosine below which two large matrices have nothing in common; 1 / sqrt(entries) is chance."""
 MAY_BE_WANTED = (
     "rounded_weights", "entry_rounded", "quantised_weights", "low_rank_update", "arithmetic", "unknown",
-    "reference_not_finite",
+    "reference_not_finite", "adapter_not_finite",
 )  # fmt: skip
 """Codes that name no mistake of the candidate: a dtype, a quantisation, training, the machine, a reference that is
 itself broken, or nothing known."""
@@ -81,10 +84,13 @@ def diagnose(
         figures: of the logits; tells a difference that is not in the files.
         adapters: that the candidate should hold. `reference` may hold them already (its view says so) or not.
     """
+    layers = reference.geometry.num_hidden_layers
+    if other := [*find_other_model(inventory)]:
+        return _sentences(other, layers, candidate)
     differing = {t.name: t for t in tensors if t.kind == "different"}
     mine, theirs = used_tensors(reference), used_tensors(candidate)
     found = [
-        *find_in_config(inventory),
+        *find_in_config(inventory, fits=cannot_run(candidate) is None),
         *find_in_inventory(reference, candidate, inventory),
         *find_in_shapes(reference, candidate, inventory),
         *find_split_head(reference, candidate, differing),
@@ -99,33 +105,33 @@ def diagnose(
     found += _from_entries(reference, differing, pairs)
     unknown = [name for name in differing if name in pairs]
     found += _from_ranks(unknown, pairs, bool(adapters))
-    found += [
-        Finding(code="unknown", name=name, detail=_worst(unknown, differing)) for name in unknown if name in pairs
-    ]
+    found += _from_nowhere(reference, [name for name in unknown if name in pairs], differing)
     if not found and figures is not None and not figures.kld_mean <= SMALLEST_MEAN_KLD and _all_identical(tensors):
         found.append(Finding(code="arithmetic", name="logits"))
-    return _sentences(_one_rounding(found), reference.geometry.num_hidden_layers)
+    return _sentences(_one_rounding(found), layers, candidate)
 
 
 def _from_vectors(pairs: Pairs) -> list[Finding]:
     """Plain relations of biases and norms, before they are looked for in other places: norms resemble each other."""
-    plainly = (examine_plainly(n, read(m), read(t)) for n, (m, t) in pairs.items() if noun(n) != "weight")
+    plainly = (examine_plainly(n, numbers(m), numbers(t)) for n, (m, t) in pairs.items() if noun(n) != "weight")
     found = [finding for finding in plainly if finding is not None]
     _take_out(pairs, found)
     return found
 
 
 def _from_adapters(pairs: Pairs, adapters: Sequence[Adapter]) -> list[Finding]:
+    broken = find_not_finite(pairs, adapters)
+    _take_out(pairs, broken)
     factors = {}
     for name in [*pairs]:
         if parts := pairs_of(name, adapters):
             mine, theirs = pairs[name]
-            held = find_factors(mine, read(mine), read(theirs), parts)
+            held = find_factors(mine, numbers(mine), numbers(theirs), parts)
             if held is not None:
                 factors[name] = [(n, pair, factor) for (n, pair), factor in zip(parts, held, strict=True)]
     found = findings_of(factors, adapters)
     _take_out(pairs, found)
-    return found
+    return [*broken, *found]
 
 
 def _from_places(reference: View, differing: dict[str, TensorComparison], pairs: Pairs) -> list[Finding]:
@@ -151,7 +157,7 @@ def _from_entries(reference: View, differing: dict[str, TensorComparison], pairs
     found = []
     for name in [name for name in pairs if name not in read_not]:
         mine, theirs = pairs[name]
-        finding = examine(name, read(mine), read(theirs), reference.geometry, std)
+        finding = examine(name, numbers(mine), numbers(theirs), reference.geometry, std)
         found += [finding] if finding else []
     if len(matrices) < MOST_OF_ALL * sum(name.endswith("_proj.weight") for name in reference.tensors):
         # One matrix off the reference's grid was changed; only all of them are the originals of a quantised reference.
@@ -176,12 +182,21 @@ def _from_ranks(unknown: Sequence[str], pairs: Pairs, adapted: bool) -> list[Fin
     found = []
     linears = sorted((n for n in unknown if n.endswith("_proj.weight")), key=lambda n: pairs[n][0].numel)
     for name in linears:  # the smallest first: most often the first one is not of low rank, and ends it
-        rank = find_rank(*map(read, pairs[name]))
+        rank = find_rank(*map(numbers, pairs[name]))
         if rank is None:
             break
         found.append(Finding(code="low_rank_update", name=name, detail="another" if adapted else ""))
     _take_out(pairs, found)
     return found
+
+
+def _from_nowhere(reference: View, names: list[str], differing: dict[str, TensorComparison]) -> list[Finding]:
+    """What is like nothing known; where no linear weight resembles the reference's at all, another model."""
+    linears = {name for name in reference.tensors if name.endswith("_proj.weight")}
+    code, detail = "unknown", _worst(names, differing)
+    if linears and linears <= {name for name in names if abs(differing[name].cosine) < UNLIKE}:
+        code, detail = "other_model", "none of its linear weights resembles the reference's"
+    return [Finding(code=code, name=name, detail=detail) for name in names]
 
 
 def _one_rounding(found: list[Finding]) -> list[Finding]:
@@ -205,7 +220,7 @@ def _worst(names: Sequence[str], differing: dict[str, TensorComparison]) -> str:
     return ", ".join(f"{name} by {differing[name].relative_error:.2g}" for name in worst)
 
 
-def _sentences(found: Iterable[Finding], layers: int) -> list[Diagnosis]:
+def _sentences(found: Iterable[Finding], layers: int, candidate: View) -> list[Diagnosis]:
     """One diagnosis for each code and detail, in the order of `CODES`."""
     groups: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for finding in found:
@@ -218,5 +233,6 @@ def _sentences(found: Iterable[Finding], layers: int) -> list[Diagnosis]:
             details = {f"{first}, and others likewise": [name for names in details.values() for name in names]}
         for detail, names in details.items():
             text = sentence(code, names, detail, layers)
+            text = without_config(text) if candidate.origin.format == "gguf" else text
             diagnoses.append(Diagnosis(code=code, sentence=text, tensors=tuple(names)))
     return diagnoses

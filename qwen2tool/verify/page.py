@@ -14,6 +14,7 @@ from typing import Any
 
 from qwen2tool.console import format_number
 from qwen2tool.errors import UserError
+from qwen2tool.verify.inventory import in_words
 from qwen2tool.verify.layer_figures import PARTS, LayerFigures
 from qwen2tool.verify.norms import BiasNorms, norms_by_name
 from qwen2tool.verify.page_style import STYLE
@@ -58,8 +59,8 @@ def render(report: Report, norms: BiasNorms | None = None) -> str:
         *_biases(norms or {}),
         *_tensors(report),
         *_files(report),
-        *_behaviour("What both answer", report.generations),
-        *_behaviour("Tasks", report.tasks),
+        *_generations(report.generations),
+        *_tasks(report.tasks),
         *_environment(report),
     ]
     title = f"{report.verdict}: {Path(report.candidate).name} against {Path(report.reference).name}"
@@ -100,7 +101,9 @@ def _head(report: Report) -> Iterator[str]:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    """A capital letter and a full stop; names of files and tensors keep their letters."""
+    first = text.split()[0] if text else ""
+    return f"{text[:1].upper() if first.isalpha() else text[:1]}{text[1:]}." if text else ""
 
 
 def _diagnosis(report: Report) -> Iterator[str]:
@@ -263,28 +266,46 @@ def _files(report: Report) -> Iterator[str]:
         f"<p>{found.candidate_biases} biases in the candidate, {found.reference_biases} in the reference; "
         f"{len(found.missing)} tensors missing, {len(found.extra)} extra, {len(found.misshapen)} of another shape.</p>"
     )
+    if found.renamed:
+        yield f"<p>Of these, {len(found.renamed)} are there under another name.</p>"
     for words, names in (("Missing", found.missing), ("Extra", found.extra), ("Of another shape", found.misshapen)):
         if names:
             yield f"<details><summary>{words}</summary><p>{escape(', '.join(names))}</p></details>"
     if found.config:
-        rows = [(name, mine, theirs) for name, (mine, theirs) in found.config.items()]
+        rows = [(name, in_words(mine), in_words(theirs)) for name, (mine, theirs) in found.config.items()]
         yield _table("config.json", ("field", "reference", "candidate"), rows)
     yield "</section>"
 
 
-def _behaviour(title: str, value: Any) -> Iterator[str]:
-    """The behavioural levels: plain values, tables where a value is a list of objects."""
-    if not value:
+def _generations(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """How far the greedy continuations go together, and the texts that part soonest."""
+    if not found:
         return
-    yield f"<section><h2>{escape(title)}</h2>"
-    plain = {key: item for key, item in value.items() if not isinstance(item, list | dict)}
-    if plain:
-        yield _table("", ("", "value"), list(plain.items()))
-    for key, item in value.items():
-        if isinstance(item, list) and item and isinstance(item[0], Mapping):
-            yield _table(key, list(item[0]), [list(row.values()) for row in item])
-        elif isinstance(item, Mapping):
-            yield _table(key, ("", "value"), list(item.items()))
+    yield '<section id="generations"><h2>What both answer</h2>'
+    yield (
+        f"<p>{found['prompts']:,} prompts, each continued greedily by at most {found['new_tokens']:,} tokens, and held "
+        f"against the reference in float32. Noise: the reference itself, {escape(found['floor_of'])}.</p>"
+    )
+    columns = ("", "same to the end", "tokens before a difference", "soonest difference, at token")
+    rows = [
+        (label, f"{part['same']:.1%}", f"{part['agreeing']:.1%}", part["first"])
+        for label, part in (("noise", found["floor"]), ("candidate", found["candidate"]))
+    ]
+    yield _table("Greedy continuations", columns, rows)
+    if found["texts"]:
+        texts = [(t["prompt"], t["agrees for"], t["reference"], t["candidate"]) for t in found["texts"]]
+        yield _table("Those that part soonest", ("prompt", "same tokens", "the reference", "the candidate"), texts)
+    yield "</section>"
+
+
+def _tasks(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Scores of lm-eval on both sides."""
+    if not found:
+        return
+    yield '<section id="tasks"><h2>Tasks</h2>'
+    columns = ("task", "metric", "reference", "candidate", "difference", "in standard errors")
+    keys = ("task", "metric", "reference", "candidate", "difference", "errors")
+    yield _table("Scores by lm-eval", columns, [[score[key] for key in keys] for score in found["scores"]])
     yield "</section>"
 
 

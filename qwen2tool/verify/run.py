@@ -6,15 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen2tool.checkpoint.adapter import ADAPTER_CONFIG, fingerprint
+from qwen2tool.checkpoint.adapter import ADAPTER_CONFIG
 from qwen2tool.checkpoint.folder import Checkpoint
-from qwen2tool.checkpoint.geometry import expected_tensors, rope_disagreement
 from qwen2tool.checkpoint.inventory import require_whole
 from qwen2tool.checkpoint.load import Dtype
 from qwen2tool.checkpoint.view import View
@@ -27,11 +25,14 @@ from qwen2tool.verify.inventory import InventoryComparison, cannot_run, compare_
 from qwen2tool.verify.layer_figures import LayerFigures
 from qwen2tool.verify.layers import LayerComparison, Setting, same_layers
 from qwen2tool.verify.logits import LastStates, compare_logits
+from qwen2tool.verify.notes import notes_on
+from qwen2tool.verify.patterns.sentences import without_config
 from qwen2tool.verify.report import Report, largest
 from qwen2tool.verify.sides import Base, Sides, open_sides
 from qwen2tool.verify.statistics import LogitFigures
 from qwen2tool.verify.stream import Store, text_of
 from qwen2tool.verify.tensors import TensorComparison, compare_tensors
+from qwen2tool.verify.usable import refusal, require_usable
 from qwen2tool.verify.verdict import decide
 from qwen2tool.verify.work import Work, stamp
 
@@ -90,6 +91,7 @@ def verify(
         adapter_on=adapter_on,
         candidate_adapters=_listed(candidate_adapter),
     )
+    require_usable(sides.reference.view)
     chosen = first_samples(samples, max_tokens, sides.stored)
     running = dtype or _coarser(sides.stored, sides.candidate.view)
     kept = Work(work, _key(sides, chosen, adapter_on, device, running, gradients) if work else {})
@@ -120,7 +122,7 @@ def verify(
         adapter_on=adapter_on if sides.reference.adapters else None,
         kinds=(sides.reference.view.kind, sides.candidate.view.kind),
         verdict=verdict,
-        reason=reason,
+        reason=without_config(reason) if sides.candidate.view.origin.format == "gguf" else reason,
         diagnoses=diagnoses,
         inventory=found.inventory,
         tensors=found.tensors,
@@ -130,7 +132,7 @@ def verify(
         figures=found.figures,
         floors=found.floors,
         tolerance=tolerance,
-        notes=tuple(_notes(sides, adapter_on, found, running)),
+        notes=tuple(notes_on(sides, found.inventory, found.floors, found.hindrance, running, adapter_on)),
         environment=environment(device),
         seconds=time.perf_counter() - start,
         generations=generations,
@@ -153,6 +155,8 @@ class _Measured:
 
 def _measure(sides: Sides, samples: Sequence[Sample], setting: Setting, adapter_on: str, kept: Work) -> _Measured:
     inventory = compare_inventories(sides.stored, sides.candidate.view)
+    if not inventory.unusable and (why := refusal(sides.candidate.view)) is not None:
+        inventory = replace(inventory, unusable=(why,))
     tensors = _compare_tensors(sides, kept)
     figures: LogitFigures | None = None
     floors: dict[str, LogitFigures] = {}
@@ -164,12 +168,19 @@ def _measure(sides: Sides, samples: Sequence[Sample], setting: Setting, adapter_
     return _Measured(
         inventory=inventory,
         tensors=tensors,
-        biases=describe_biases(inventory.missing, tensors, sides.stored.geometry.num_hidden_layers),
+        biases=_describe_biases(sides, inventory, tensors),
         hindrance=hindrance,
         figures=figures,
         floors=floors,
         layers=layers,
     )
+
+
+def _describe_biases(sides: Sides, inventory: InventoryComparison, tensors: list[TensorComparison]) -> list[str]:
+    if inventory.other_width:
+        return []
+    missing = [name for name in inventory.missing if name not in inventory.renamed]
+    return describe_biases(missing, tensors, sides.stored.geometry.num_hidden_layers)
 
 
 def _listed(names: Names) -> list[str | Path]:
@@ -185,6 +196,11 @@ def require_reference(reference: Checkpoint) -> None:
         UserError: with exit code 2 also where something is missing: code 1 says that the other side differs, which
             nobody can know then.
     """
+    if reference.format == "gguf" or not (reference.folder / "config.json").is_file():
+        raise UserError(
+            f"{reference.path}: a file without a config.json, and training takes a folder",
+            f"Make one with `qwen2tool convert {reference.path} OUT`, and use that",
+        )
     if reference.geometry.quantization is not None:
         raise UserError(f"{reference.path}: is quantised", "Use the 16- or 32-bit checkpoint")
     for name, info in reference.tensors.items():
@@ -194,6 +210,7 @@ def require_reference(reference: Checkpoint) -> None:
         require_whole(reference)
     except UserError as error:
         raise UserError(f"the reference is not whole: {error.what}", error.fix) from None
+    require_usable(reference)
 
 
 def first_samples(samples: Sequence[Sample], max_tokens: int, reference: Checkpoint | View) -> list[Sample]:
@@ -242,6 +259,8 @@ def _key(
 
 def _hindrance(sides: Sides, inventory: InventoryComparison, samples: Sequence[Sample]) -> str | None:
     """Why the functions cannot be compared."""
+    if inventory.unusable:
+        return "readers refuse the candidate's config.json"
     if (why := cannot_run(sides.candidate.view)) is not None:
         return why
     if "vocab_size" in inventory.config:
@@ -325,33 +344,7 @@ def _coarser(*views: View) -> Dtype:
     """The coarsest dtype of any matrix: what the function is stored in is what it is going to run in."""
     order = list(COARSENESS)
     stored = {t.dtype for view in views for t in view.tensors.values() if len(t.shape) == 2 and t.dtype in COARSENESS}
-    return COARSENESS[max(stored, key=order.index)]
-
-
-def _notes(sides: Sides, adapter_on: str, found: _Measured, running: str) -> list[str]:
-    """What a reader of the figures has to know beside them."""
-    mine, theirs = sides.stored, sides.candidate.view
-    notes = [f"{view.path}: {view.lossy}" for view in (mine, theirs) if view.lossy]
-    if found.hindrance is not None:
-        notes.append(f"layers and logits not compared: {found.hindrance}")
-    elif any(name.endswith(".bias") and name in expected_tensors(theirs.geometry) for name in found.inventory.missing):
-        notes.append("the candidate ran with zeros for its missing biases, exactly as transformers loads it")
-    if any(not floor.finite and isfinite(floor.nll_reference) for floor in found.floors.values()):
-        notes.append(f"the reference in {running} predicts NaN or Inf on this text; in float32 it does not")
-    stored = None
-    for adapter in sides.reference.adapters:
-        stored = stored or fingerprint(mine.origin)
-        if adapter.base_fingerprint not in (None, stored):
-            notes.append(f"the adapter {adapter.path} was trained on another base than {mine.path}")
-    if theirs.origin.config.get("model_type") == "llama" and not theirs.origin.config.get("attention_bias"):
-        notes.append("the candidate's config.json says llama without attention_bias: readers drop its biases, if any")
-    if sides.reference.adapters and adapter_on == "nf4":
-        notes.append("tensors are held against the 16-bit base + adapter, logits against the adapter on the NF4 base")
-    if (disagreement := rope_disagreement(theirs.origin.config)) and not rope_disagreement(mine.origin.config):
-        notes.append(f"config.json of the candidate: {disagreement}")
-    if mine.geometry.tie_word_embeddings != theirs.geometry.tie_word_embeddings:
-        notes.append("tie_word_embeddings differs; the heads were compared by what they hold")
-    return notes
+    return COARSENESS[max(stored, key=order.index, default="F32")]
 
 
 def environment(device: str) -> dict[str, str]:

@@ -46,7 +46,8 @@ def print_report(report: Report) -> None:
 def _print_files(report: Report) -> None:
     counts, found = count_kinds(report.tensors), report.inventory
     classes = ", ".join(f"{counts[kind]} {kind}" for kind in ("identical", "one rounding", "different"))
-    say(f"tensors: {classes}, {len(found.missing)} missing, {len(found.extra)} extra")
+    renamed = f" ({len(found.renamed)} of them under another name)" if found.renamed else ""
+    say(f"tensors: {classes}, {len(found.missing)} missing, {len(found.extra)} extra{renamed}")
     say(f"biases: {found.candidate_biases} in the candidate, {found.reference_biases} in the reference")
     if one_off := sum(tensor.one_off for tensor in report.tensors):
         say(f"one unit in the last place off base + adapter: {one_off:,} {'entry' if one_off == 1 else 'entries'}")

@@ -106,16 +106,29 @@ def open_sides(
             )
     except UserError as error:
         raise UserError(f"the reference is not whole: {error.what}", error.fix) from None
+    _require_once(mine)
     opened = tuple(open_adapter(resolve(adapter)) for adapter in mine)
     for adapter in opened:
         # Another base than the trained one is a note: a merge onto it was asked for by name, and has to be judged.
         require_fit(adapter, as_checkpoint(stored), allow_other_base=True)
     carrier = open_qwen2(base, nf4=True) if adapter_on == "nf4" else stored
     other, theirs = _with_base(candidate, candidate_adapters)
+    _require_once(theirs)
     view = open_qwen2(other, adapters=theirs, whole=False, allow_other_base=True)
     if _drops_biases(view):
         view = replace(view, tensors={n: t for n, t in view.tensors.items() if not n.endswith(".bias")})
     return Sides(reference=Side(view=carrier, adapters=opened), candidate=Side(view=view), stored=stored)
+
+
+def _require_once(adapters: Sequence[str | Path]) -> None:
+    """Passes adapters that are each named once: a side that is an adapter's folder has that adapter already."""
+    paths = [resolve(adapter).resolve() for adapter in adapters]
+    again = next((path for n, path in enumerate(paths) if path in paths[:n]), None)
+    if again is not None:
+        raise UserError(
+            f"{again}: named twice for one side, which would add the adapter twice",
+            "Name an adapter's folder as the side itself, or its base with --adapter, not both",
+        )
 
 
 def _drops_biases(view: View) -> bool:

@@ -205,6 +205,8 @@ def summarise(figures: TokenFigures) -> LogitFigures:
 
 def format_ratio(value: float, error: float) -> str:
     """A value near 1 with as many decimals as its standard error has: 1.000118 ± 0.000043, never 1 ± 4e-05."""
+    if not isfinite(value):
+        return "not finite"
     if value == 1 and error == 0:
         return "1 ± 0"
     if not (0 < error < 100 and 1e-6 <= value < 1e6):

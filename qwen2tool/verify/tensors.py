@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf, isfinite, nan, sqrt
 from typing import Literal
@@ -19,7 +18,7 @@ from typing import Literal
 import torch
 
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import read_tensor, row_blocks
+from qwen2tool.checkpoint.reader import read_tensor, row_blocks, same_data
 from qwen2tool.checkpoint.view import AnyTensor, View, read
 from qwen2tool.console import progress
 from qwen2tool.verify.inventory import HEAD, TABLE, used_tensors
@@ -28,7 +27,8 @@ from qwen2tool.verify.limits import UPDATE_SLACK
 Kind = Literal["identical", "one rounding", "different"]
 BLOCK = 1 << 18
 LARGE = 1 << 26
-CHUNK = 1 << 20
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What a model is stored in without a scale of its own."""
 ORDERED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -107,32 +107,11 @@ def compare_tensor(
 
 def _compare(name: str, mine: AnyTensor, theirs: AnyTensor, update: torch.Tensor | None) -> TensorComparison:
     if update is None and isinstance(mine, TensorInfo) and isinstance(theirs, TensorInfo):
-        if mine.dtype == theirs.dtype and _same_stored(mine, theirs):
+        if same_data(mine, theirs):
             return TensorComparison(name=name, kind="identical")
         if _is_large(mine):
             return _compare_stored(name, mine, theirs)
     return compare_tensor(name, read(mine), read(theirs), update)
-
-
-def _same_stored(mine: TensorInfo, theirs: TensorInfo) -> bool:
-    """Byte for byte, file against file, up to the first difference; the two files are read at the same time."""
-    left = mine.nbytes
-    one, other = bytearray(min(CHUNK, left)), bytearray(min(CHUNK, left))
-    with (
-        mine.file.open("rb", buffering=0) as here,
-        theirs.file.open("rb", buffering=0) as there,
-        ThreadPoolExecutor(1) as beside,
-    ):
-        here.seek(mine.start)
-        there.seek(theirs.start)
-        while left:
-            if left < len(one):
-                one, other = bytearray(left), bytearray(left)
-            reading = beside.submit(there.readinto, other)
-            if here.readinto(one) != len(one) or reading.result() != len(one) or one != other:
-                return False  # a file that ends early is `read`'s to complain about
-            left -= len(one)
-    return True
 
 
 def _is_large(tensor: TensorInfo) -> bool:
@@ -187,12 +166,13 @@ class _Tally:
     def _count(
         self, reference: torch.Tensor, candidate: torch.Tensor, expected: torch.Tensor, added: bool, slack: float
     ) -> None:
+        have = candidate if candidate.dtype in PLAIN else candidate.double()
         if added:
-            off, one_off = _off_the_sum(expected.to(candidate.dtype), candidate, slack)
+            off, one_off = _off_the_sum(expected.to(have.dtype), have, slack)
             self.one_off += int(one_off.sum())
         else:
-            off = ~_same_rounded(reference, candidate)
-        off |= ~candidate.isfinite() & expected.isfinite()  # an overflow is no rounding
+            off = ~same_rounded(reference, candidate)
+        off |= ~have.isfinite() & expected.isfinite()  # an overflow is no rounding
         self.beyond += int(off.sum())
 
     def comparison(self, name: str) -> TensorComparison:
@@ -220,11 +200,19 @@ class _Tally:
         return self.dot / product if product else nan
 
 
-def _same_rounded(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+def numbers(tensor: AnyTensor) -> torch.Tensor:
+    """The numbers of a tensor in a dtype that torch computes with: 8-bit floats and whole numbers as fp32."""
+    values = read(tensor)
+    return values if values.dtype in PLAIN else values.float()
+
+
+def same_rounded(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Entry by entry: equal once both are in one of the two dtypes.
 
     Either will do: bf16 has the range and fp16 the digits, so that neither is the coarser one everywhere.
     """
+    if not {reference.dtype, candidate.dtype} <= {*PLAIN}:
+        return reference.double() == candidate.double()  # whole numbers and 8-bit floats are codes, not roundings
     there, back = reference.to(candidate.dtype) == candidate, candidate.to(reference.dtype) == reference
     return there | back
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from qwen2tool.verify.inventory import InventoryComparison
+from qwen2tool.verify.inventory import InventoryComparison, in_words
 from qwen2tool.verify.layer_figures import Beyond, LayerFigures, first_beyond, worst_beyond
 from qwen2tool.verify.limits import (
     FEWEST_TOKENS,
@@ -30,6 +30,8 @@ Verdict = Literal["equivalent", "different", "undecided"]
 Decision = tuple[Verdict, str]
 ROUNDING_ADVICE = "what was lost was lost in the rounding of the weights, so store them finer (merge --dtype float32)"
 """Where a right merge is another function: 0.76 of the update of a 7B trained for 30 steps was lost to bf16."""
+NAMED = "the tensors show a mistake, which the diagnosis names, however little it does"
+NAMED_MANY = "the tensors show mistakes, which the diagnosis names, however little they do"
 NF4_ADVICE = (
     "the adapter was trained on the NF4 base, and this is a right merge onto the 16-bit base, which is another "
     "function; leave --adapter-on out to hold it against the 16-bit base"
@@ -59,12 +61,12 @@ def decide(
         tolerance: the largest mean KLD that passes, instead of the noise.
         layers, dtype: the errors layer by layer, and what the model is meant to run in.
         on_nf4: whether the reference's logits are those of adapters on the base in NF4, unlike its tensors.
-        mistakes: sentences that name one in the tensors.
+        mistakes: sentences that name one in the tensors, and that a reader is shown beside the reason.
     """
     advice = NF4_ADVICE if on_nf4 else ROUNDING_ADVICE
     verdict, reason = _decide(inventory, tensors, biases, figures, floor, hindrance, tolerance, layers, dtype, advice)
     if verdict != "different" and mistakes and tolerance is None:
-        return "different", f"{mistakes[0].rstrip('.')}; {reason}"
+        return "different", f"{NAMED if len(mistakes) == 1 else NAMED_MANY}; {reason}"
     return verdict, reason
 
 
@@ -109,11 +111,18 @@ def _decide(
 
 
 def _fault_in_files(inventory: InventoryComparison, tensors: list[TensorComparison], biases: list[str]) -> str | None:
-    faults = list(biases)
+    faults = ["readers refuse its config.json"] if inventory.unusable else []
+    faults += biases
     for name, (mine, theirs) in inventory.config.items():
-        faults.append(f"config.json has {name} {theirs}, the reference {mine}")
-    missing = [name for name in inventory.missing if not (biases and name.endswith(".bias"))]
-    for names, what in ((missing, "missing"), (inventory.extra, "extra"), (inventory.misshapen, "of another shape")):
+        faults.append(f"config.json has {name} {in_words(theirs)}, the reference {in_words(mine)}")
+    if inventory.other_width:
+        return "; ".join([*faults, _count(inventory.misshapen, "of another shape")])
+    if inventory.renamed:
+        faults.append(_count([*inventory.renamed], "there under another name"))
+    known = {*inventory.renamed, *inventory.renamed.values()}
+    missing = [n for n in inventory.missing if n not in known and not (biases and n.endswith(".bias"))]
+    extra = [name for name in inventory.extra if name not in known]
+    for names, what in ((missing, "missing"), (extra, "extra"), ([*inventory.misshapen], "of another shape")):
         if names:
             faults.append(_count(names, what))
     beyond = [t for t in tensors if t.kind == "different" and t.is_vector]

@@ -21,7 +21,9 @@ from qwen2tool.checkpoint.adapter import (
     fingerprint,
     open_adapter,
     require_fit,
+    untargeted,
 )
+from qwen2tool.checkpoint.adapter_report import inspect_adapter
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.errors import UserError
 from tests.checkpoint.edits import put, rewrite
@@ -244,3 +246,48 @@ def test_fingerprint_sees_names_and_dtypes(base_copy):
 
 def test_targets_are_all_seven(adapter_folder):
     assert {module.rpartition(".")[2] for module in open_adapter(adapter_folder).pairs} == set(TARGETS)
+
+
+TARGETED = {
+    "as trained": {},
+    "one name": {"target_modules": ["q_proj"]},
+    "a whole name": {"target_modules": ["model.layers.1.self_attn.q_proj"]},
+    "a part of a name": {"target_modules": ["proj"]},
+    "a pattern": {"target_modules": r".*\.layers\.[01]\.mlp\.(up|down)_proj"},
+    "a pattern that matches nothing": {"target_modules": "nothing"},
+    "all linears": {"target_modules": "all-linear"},
+    "one layer": {"layers_to_transform": 1},
+    "two layers": {"layers_to_transform": [0, 2]},
+    "some left out": {"exclude_modules": ["k_proj", "model.layers.0.mlp.up_proj"]},
+    "left out by a pattern": {"exclude_modules": r".*mlp.*"},
+}
+
+
+@pytest.mark.parametrize("case", TARGETED)
+def test_what_the_config_does_not_target_peft_drops(case, base_folder, adapter_folder, tmp_path):
+    """The truth is the modules that PEFT adapts when it builds a model from the same config."""
+    config = json.loads((adapter_folder / ADAPTER_CONFIG).read_text()) | TARGETED[case]
+    modules = open_adapter(adapter_folder).pairs
+    try:
+        fields = {key: config[key] for key in ("target_modules", "layers_to_transform", "exclude_modules")}
+        model = get_peft_model(tiny_model(), LoraConfig(r=4, task_type="CAUSAL_LM", **fields))
+        adapted = {name for name, module in model.base_model.model.named_modules() if isinstance(module, LoraLayer)}
+    except ValueError:  # PEFT refuses targets that match nothing
+        adapted = set()
+    assert untargeted(config, modules) == [name for name in modules if name not in adapted]
+    assert not untargeted(config, modules) if case in ("as trained", "all linears") else untargeted(config, modules)
+
+
+def test_an_adapter_of_which_peft_would_drop_a_part_is_refused(adapter_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter_folder, copy)
+    edit_json(copy / ADAPTER_CONFIG, target_modules=["q_proj", "k_proj"])
+    with pytest.raises(UserError, match=r"and 14 more modules, which adapter_config\.json does not target"):
+        open_adapter(copy)
+    report = inspect_adapter(copy)
+    assert report.exit_code == 1 and "15 of 21 adapted modules" in report.findings[0]
+
+
+@pytest.mark.parametrize("targets", [None, [], {}, 3, [1], "(a*)*b", "(", "a*b*c*d*e*"])
+def test_targets_that_say_nothing_target_everything(targets):
+    assert untargeted({"target_modules": targets}, ["model.layers.0.mlp.up_proj"]) == []

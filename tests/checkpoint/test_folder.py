@@ -249,3 +249,10 @@ def test_what_the_hub_calls_no_name(name, monkeypatch):
 def test_a_path_has_no_revision(base_folder):
     with pytest.raises(UserError, match="has no revision 'main'"):
         open_checkpoint(base_folder, revision="main")
+
+
+def test_shards_without_their_index_are_an_unfinished_download(base_copy):
+    (base_copy / INDEX).unlink()
+    refused(base_copy, f"holds {FIRST}, but no {INDEX}")
+    (base_copy / FIRST).unlink()
+    refused(base_copy, f"holds {SECOND}, but no {INDEX}")

@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.header import ITEM_BYTES, read_header
 from qwen2tool.errors import UserError
 from tests.checkpoint.files import entry, raw_file, split_header
@@ -124,3 +125,19 @@ def test_names_that_would_write_lines_of_a_report(name, tmp_path):
     with pytest.raises(UserError, match="corrupt header entry for tensor") as caught:
         read_header(file)
     assert caught.value.what.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "a Git LFS pointer"),
+        ("<!DOCTYPE html><html>", "a web page"),
+        ("<html><head>", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf"])
+def test_what_a_careless_download_leaves_is_named(name, text, words, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        open_checkpoint(tmp_path / name)
+    assert "damaged" not in caught.value.fix

@@ -104,8 +104,10 @@ def reports(tmp_path_factory) -> list[Any]:
     edit_config(damaged, rope_theta=1e6, rope_parameters=rope, **slides)
     packed_name = "model.layers.0.mlp.up_proj"
     rewrite(packed, lambda state: state.pop(f"{packed_name}.weight"))
+    rewrite(packed, lambda state: state.update({"model.language_model.norm.weight": state.pop("model.norm.weight")}))
     put(packed, f"{packed_name}.qweight", torch.ones(4, 4, dtype=torch.int32))
-    edit_config(packed, quantization_config={"quant_method": "gptq"})
+    edit_config(packed, quantization_config={"quant_method": "gptq"}, dtype="half a float")
+    edit_config(packed, architectures=["LlamaForCausalLM"])
     return [inspect_checkpoint(folder, values=True) for folder in (whole, damaged, packed)]
 
 

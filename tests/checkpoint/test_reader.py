@@ -8,9 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen2tool.checkpoint import reader
+from qwen2tool.checkpoint import raw, reader
 from qwen2tool.checkpoint.header import ITEM_BYTES, TensorInfo, read_header
-from qwen2tool.checkpoint.reader import TORCH_DTYPE, copy_tensor, raw_chunks, read_tensor, row_blocks, write_tensor
+from qwen2tool.checkpoint.raw import copy_tensor, raw_chunks
+from qwen2tool.checkpoint.reader import (
+    TORCH_DTYPE,
+    read_tensor,
+    row_blocks,
+    same_data,
+    write_tensor,
+)
 from qwen2tool.errors import UserError
 from tests.checkpoint.files import bytes_of, entry, raw_file
 
@@ -82,9 +89,34 @@ def test_dtype_that_torch_lacks(tmp_path, monkeypatch):
 def test_only_the_first_bytes(tmp_path, monkeypatch):
     save_file({"x": torch.arange(100, dtype=torch.uint8)}, tmp_path / "f")
     info = read_header(tmp_path / "f").tensors["x"]
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 8)
+    monkeypatch.setattr(raw, "CHUNK_BYTES", 8)
     assert [len(piece) for piece in raw_chunks(info, 20)] == [8, 8, 4]
     assert b"".join(raw_chunks(info, 20)) == bytes(range(20)) and b"".join(raw_chunks(info, 1000)) == bytes(range(100))
+
+
+@pytest.mark.parametrize("count", [0, 7, 8, 20])
+def test_equal_byte_for_byte_across_pieces(count, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "COMPARED_BYTES", 8)
+    numbers = torch.arange(count, dtype=torch.uint8)
+    changed = numbers.clone()
+    changed[-1:] += 1
+    save_file({"x": numbers, "y": changed}, tmp_path / "f")
+    others = {"pad": torch.ones(3, dtype=torch.uint8), "x": numbers, "z": numbers.view(torch.int8).clone()}
+    save_file(others, tmp_path / "g")
+    here, there = (read_header(tmp_path / name).tensors for name in "fg")
+    assert same_data(here["x"], there["x"])
+    assert same_data(here["x"], here["y"]) == (count == 0)
+    assert not same_data(here["x"], there["z"])  # the same bytes, read as another dtype
+
+
+def test_a_file_that_shrank_equals_nothing(tmp_path):
+    for name in "fg":
+        save_file({"x": torch.ones(100)}, tmp_path / name)
+    here, there = (read_header(tmp_path / name).tensors["x"] for name in "fg")
+    for name in "fg":
+        with (tmp_path / name).open("r+b") as handle:
+            handle.truncate(here.end - 1)
+    assert not same_data(here, there)
 
 
 @pytest.mark.parametrize("height", [1, 63, 64, 127, 128, 129, 1000])

@@ -173,7 +173,7 @@ def test_sliding_layers_are_those_of_transformers(base_copy, flags, layers):
     edit_config(base_copy, layer_types=None, **flags)
     truth = Qwen2Config.from_dict(json.loads((base_copy / "config.json").read_text())).layer_types
     report = inspect_checkpoint(base_copy)
-    assert report.to_json()["sliding"] == {**flags, "layers": layers}
+    assert report.to_json()["sliding"] == {**flags, "layer_types": False, "layers": layers}
     assert layers == [i for i, kind in enumerate(truth) if kind == "sliding_attention"]
     assert any("sliding_window 32 is set but unused" in note for note in report.notes) == (not layers)
     assert report.exit_code == 0

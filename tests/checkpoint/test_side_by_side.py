@@ -39,7 +39,8 @@ def test_a_missing_bias(base_folder, base_copy, capsys):
     print_side_by_side(reports)
     out = capsys.readouterr().out
     assert "B " in out and "1 of 9 q/k/v biases are MISSING" in out and "they differ" in out
-    assert any(line.split()[-2:] == ["present", "MISSING"] for line in out.splitlines() if K1 in line)
+    rows = [line.split() for line in out.splitlines() if line.startswith(K1)]
+    assert rows[0][1:] == ["present", "MISSING"] and rows[1][2:] == ["MISSING", "-"]
 
 
 def test_one_changed_entry(base_folder, base_copy):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from transformers import Qwen2ForCausalLM
 
 from qwen2tool.checkpoint.folder import INDEX_NAME, open_checkpoint
 from qwen2tool.checkpoint.header import read_header
-from qwen2tool.checkpoint.reader import DTYPE_NAME, TORCH_DTYPE, copy_tensor, read_tensor, write_tensor
+from qwen2tool.checkpoint.raw import copy_tensor
+from qwen2tool.checkpoint.reader import DTYPE_NAME, TORCH_DTYPE, read_tensor, write_tensor
 from qwen2tool.checkpoint.writer import (
     Slot,
     atomic_folder,
@@ -149,19 +151,74 @@ def test_other_errors_of_safetensors_stay_what_they_are(tmp_path):
         raise SafetensorError("I/O error: Permission denied (os error 13)")
 
 
-def test_replacing(tmp_path):
-    target = tmp_path / "out"
+def old_output(target: Path) -> Path:
+    """A folder that may be replaced: an adapter's, by its config."""
     target.mkdir()
-    (target / "old").write_text("old")
+    (target / "adapter_config.json").write_text("old")
+    return target
+
+
+def test_replacing(tmp_path):
+    target = old_output(tmp_path / "out")
     with pytest.raises(UserError, match="already exists"):
         require_free(target, overwrite=False)
     with pytest.raises(ValueError, match="x"), atomic_folder(target, overwrite=True):
         raise ValueError("x")
-    assert (target / "old").read_text() == "old"
+    assert (target / "adapter_config.json").read_text() == "old"
     with atomic_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("new")
-        assert (target / "old").exists()
+        assert (target / "adapter_config.json").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"config.json": '{"model_type": "qwen2"}', "thesis.txt": ""},
+        {"adapter_config.json": "{}"},
+        {"settings.yaml": "", "inputs.json": "{}"},
+        {"trainer_state.json": "{}"},
+        {"checkpoint-30/trainer_state.json": "{}"},
+        {"sft-train.jsonl": "", "dpo-train.jsonl": ""},
+    ],
+    ids=["empty", "checkpoint", "adapter", "run", "saved state", "runs of a trainer", "demo"],
+)
+def test_what_can_be_made_again_may_be_replaced(tmp_path, files):
+    write_files(tmp_path / "out", files)
+    require_free(tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match="already exists"):
+        require_free(tmp_path / "out", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"thesis.txt": ""}, r"thesis\.txt"),
+        ({"config.json": '{"editor": "vi"}'}, r"config\.json"),
+        ({"config.json": '"model_type"'}, r"config\.json"),
+        ({"config.json": "{"}, r"config\.json"),
+        ({"settings.yaml": "", "b": "", "a": "", "c": "", "d": ""}, r"a, b, c and 2 more"),
+        ({"sft-train.jsonl": ""}, r"sft-train\.jsonl"),
+        ({"checkpoint-30/notes.txt": ""}, "checkpoint-30"),
+        ({"model/config.json": '{"model_type": "qwen2"}'}, "model"),
+    ],
+)
+def test_no_other_folder_is_replaced(tmp_path, files, named):
+    """`--overwrite` on a mistyped name must not cost anybody's work."""
+    write_files(tmp_path / "out", files)
+    with pytest.raises(UserError, match=rf"out: holds {named}, and is no checkpoint, adapter, training run or demo"):
+        require_free(tmp_path / "out", overwrite=True)
+    with pytest.raises(UserError, match="is no checkpoint"), atomic_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert all((tmp_path / "out" / name).read_text() == text for name, text in files.items())
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def test_file_or_link_is_never_replaced(tmp_path):
@@ -216,20 +273,19 @@ with atomic_folder(Path(sys.argv[1]), overwrite=True) as folder:
 
 def test_killed_between_the_two_renames(tmp_path):
     """The target is away for that moment; the next run gives the old one its name back before it does anything."""
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+    target = old_output(tmp_path / "out")
     done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SWAPPING, str(target)], check=False)
     assert done.returncode == -signal.SIGKILL and not target.exists()
+    with pytest.raises(UserError, match="already exists"), atomic_folder(target):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "adapter_config.json"], "not asked to replace it"
     with pytest.raises(ValueError, match="x"), atomic_folder(target, overwrite=True):
         raise ValueError("x")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "adapter_config.json"]
 
 
 def test_swap_that_fails_puts_the_old_back(tmp_path, monkeypatch):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
+    target = old_output(tmp_path / "out")
     rename = type(target).rename
 
     def refuse(self, other):
@@ -240,4 +296,4 @@ def test_swap_that_fails_puts_the_old_back(tmp_path, monkeypatch):
     monkeypatch.setattr(type(target), "rename", refuse)
     with pytest.raises(OSError, match="denied"), atomic_folder(target, overwrite=True):
         pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "adapter_config.json"]

@@ -8,7 +8,7 @@ import pytest
 
 from qwen2tool.commands.convert import _bytes
 from qwen2tool.errors import UserError
-from tests.checkpoint.edits import drop
+from tests.checkpoint.edits import drop, rewrite
 from tests.cli_runner import run
 from tests.convert.common import hashes
 
@@ -58,6 +58,23 @@ def test_a_loss_stands_in_the_table(base_folder, tmp_path):
     assert "21 tensors rounded to NF4" in packed.out and "18 other tensors exact" in packed.out
     back = run("convert", tmp_path / "nf4", tmp_path / "back")
     assert back.code == 0 and "do not come back" in back.err
+
+
+@pytest.mark.parametrize("to", ["qwen2", "gguf"])
+def test_zero_biases_are_warned_of(base_copy, base_folder, tmp_path, to):
+    """As a load that did not find them leaves them; it is the source's fault, so the conversion goes on."""
+    zero = ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.self_attn.v_proj.bias"]
+    rewrite(base_copy, lambda state: [state[name].zero_() for name in zero])
+    outcome = run("convert", base_copy, tmp_path / f"out.{to}", "--to", to, "--json")
+    words = f"2 of 9 q/k/v biases hold nothing but zeros (the first is {zero[0]})"
+    assert outcome.code == 0 and outcome.err.count("warning: ") == 1 and words in outcome.err
+    (warning,) = json.loads(outcome.out)["warnings"]
+    assert words in warning and "--biases-from" in warning
+    rewrite(base_copy, lambda state: [state[n].zero_() for n in state if n.endswith("_proj.bias")])
+    assert "all q/k/v biases hold nothing but zeros, as" in run("convert", base_copy, tmp_path / "all").err
+    healed = run("convert", base_copy, tmp_path / f"healed.{to}", "--to", to, "--biases-from", base_folder)
+    sound = run("convert", base_folder, tmp_path / f"sound.{to}", "--to", to, "--json")
+    assert healed.code == 0 and "warning" not in healed.err + sound.err and json.loads(sound.out)["warnings"] == []
 
 
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("100kB", 100_000), ("7", 7)])

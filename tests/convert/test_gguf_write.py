@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2tool.checkpoint.view import Derived, read
-from qwen2tool.convert import gguf_write
+from qwen2tool.convert import gguf_pack, gguf_store
 from qwen2tool.convert.gguf_write import gguf_name, write_gguf
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.errors import UserError
@@ -174,7 +174,7 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path, tiny):
 
 
 def test_stored_and_computed_tensors_in_small_pieces(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(gguf_write, "BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(gguf_pack, "BLOCK_ELEMENTS", 1000)
     view = open_qwen2(tiny)
     name = "model.layers.1.mlp.up_proj.weight"
     stored = view.tensors[name]
@@ -214,8 +214,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, tiny, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "m.gguf").write_text("mine")
-    (tmp_path / ".m.gguf.partial-999999999").write_text("of a killed run")
-    monkeypatch.setattr(gguf_write, "_write_data", full)
+    (tmp_path / ".m.gguf.resume-0123").mkdir()
+    (tmp_path / ".m.gguf.resume-0123" / "m.gguf.unfinished").write_text("of a killed run of another command")
+    monkeypatch.setattr(gguf_store, "write_data", full)
     with pytest.raises(UserError, match="disk full"):
         write_gguf(open_qwen2(tiny), tmp_path / "m.gguf", "f32", overwrite=True)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.gguf", "mine")]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen2tool.checkpoint.folder import open_checkpoint
-from qwen2tool.checkpoint.reader import raw_chunks
+from qwen2tool.checkpoint.raw import raw_chunks
 from qwen2tool.convert.run import Options, _files, convert
 from qwen2tool.errors import UserError
 from tests.checkpoint.edits import edit_config, load_state, put, rewrite
@@ -206,10 +206,13 @@ def test_qwen1_beyond_its_length(tmp_path):
 def test_a_folder_that_holds_no_checkpoint_is_never_replaced(base_copy, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"letters: holds thesis\.txt and no checkpoint"):
+    with pytest.raises(UserError, match=r"letters: holds thesis\.txt, and is no checkpoint"):
         convert(base_copy, tmp_path / "letters", overwrite=True)
     assert [file.name for file in (tmp_path / "letters").iterdir()] == ["thesis.txt"]
-    (tmp_path / "letters" / "config.json").write_text("{}")
+    (tmp_path / "letters" / "config.json").write_text('{"editor": "vi"}')
+    with pytest.raises(UserError, match=r"letters: holds config\.json, thesis\.txt, and is no"):
+        convert(base_copy, tmp_path / "letters", overwrite=True)
+    (tmp_path / "letters" / "config.json").write_text('{"model_type": "qwen2"}')
     convert(base_copy, tmp_path / "letters", overwrite=True)
     assert hashes(tmp_path / "letters") == hashes(base_copy)
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.convert.common import hashes
+
 WIDE = """
 import json, sys
 from pathlib import Path
@@ -58,3 +60,25 @@ def test_peak_memory_is_a_few_blocks(base_folder, tmp_path: Path):
     found = json.loads(done.stdout)
     assert found["size"] > 200e6 and found["reported"]
     assert found["copied"] < 50e6 and found["cast"] < 120e6 < 200e6 < found["whole"], found
+
+
+IMPORTED = """
+import sys
+from pathlib import Path
+from qwen2tool.convert.run import Options, convert
+
+there, back = Path(sys.argv[2]) / "there", Path(sys.argv[2]) / "back"
+convert(sys.argv[1], there, Options(to="llama"))
+convert(there, back, Options(max_shard_bytes=65_000))
+print("torch" in sys.modules)
+convert(back, Path(sys.argv[2]) / "wide", Options(dtype="float32"))
+print("torch" in sys.modules)
+"""
+
+
+def test_bytes_are_copied_without_torch(base_folder, tmp_path: Path):
+    """Its import takes longer than copying a GB; the cast is the control."""
+    command = [sys.executable, "-c", IMPORTED, str(base_folder), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+    assert hashes(tmp_path / "back") == hashes(base_folder)

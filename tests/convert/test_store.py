@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from qwen2tool.checkpoint.folder import open_checkpoint
-from qwen2tool.checkpoint.reader import raw_chunks
+from qwen2tool.checkpoint.raw import raw_chunks
 from qwen2tool.convert.run import Options, convert
-from qwen2tool.convert.store import JOURNAL, LOCK, HashingFile, resumable
+from qwen2tool.convert.store import JOURNAL, LOCK, HashingFile, Store, resumable
 from qwen2tool.errors import UserError
 from tests.checkpoint.edits import edit_json
 from tests.convert.common import hashes
@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line(base_folder, tmp_path):
 
 
 def test_a_users_error_keeps_nothing(tmp_path):
-    with pytest.raises(UserError, match="no"), resumable(tmp_path / "out", "ab" * 32) as store:
+    with pytest.raises(UserError, match="no"), resumable(tmp_path / "out", "ab" * 32, Store) as store:
         assert store.folder.is_dir()
         raise UserError("no", "no")
     assert list(tmp_path.iterdir()) == []

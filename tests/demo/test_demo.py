@@ -92,6 +92,9 @@ def test_a_base_that_cannot_be_used_costs_nothing(base_copy, tmp_path):
     folder = tmp_path / "earlier"
     folder.mkdir()
     (folder / "mine.txt").write_text("keep")
+    refused = run("demo", "--folder", folder, "--overwrite")
+    assert refused.code == 2 and "earlier: holds mine.txt, and is no" in refused.error
+    (folder / "trainer_state.json").write_text("{}")
     assert run("demo", "--model", tmp_path / "nope", "--folder", folder, "--overwrite").code == 2
     (base_copy / "tokenizer.json").unlink()
     assert run("demo", "--model", base_copy, "--folder", folder, "--overwrite").code == 2

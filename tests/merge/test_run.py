@@ -231,7 +231,10 @@ def test_existing_output(base_folder, adapter_folder, tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="already exists"):
         merge(base_folder, adapter_folder, tmp_path / "out")
+    with pytest.raises(UserError, match=r"out: holds mine\.txt, and is no checkpoint"):
+        merge(base_folder, adapter_folder, tmp_path / "out", overwrite=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "qwen2"}')
     merge(base_folder, adapter_folder, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / INDEX).is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -239,6 +242,7 @@ def test_existing_output(base_folder, adapter_folder, tmp_path):
 
 def test_overwrite_never_replaces_what_is_read(base_copy, adapter_folder, tmp_path):
     adapter = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    (tmp_path / "trainer_state.json").write_text("{}")  # a folder that could be replaced, did it not hold them
     for out in (base_copy, adapter, tmp_path):
         with pytest.raises(UserError, match="replacing it would delete"):
             merge(base_copy, adapter, out, overwrite=True)

@@ -130,6 +130,6 @@ def test_full_disk(base_folder, adapter_folder, tmp_path):
     assert done.stdout.count("\n") == 1 and "disk full or file too large" in done.stdout and str(out) in done.stdout
     assert list(tmp_path.iterdir()) == []
     out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    python(FULL, base_folder, adapter_folder, out)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+    (out / "trainer_state.json").write_text("{}")
+    assert "disk full" in python(FULL, base_folder, adapter_folder, out).stdout
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "trainer_state.json"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen2tool.assets import TINY_QWEN2
+from qwen2tool.verify.patterns.sentences import CODES
 from tests.cli_runner import Outcome, run
 from tests.verify.common import State, variant
 
@@ -74,3 +75,8 @@ def test_what_needs_two_sides_is_refused_with_routes(flags: tuple[str, ...]) -> 
 
 def test_routes_take_one_adapter(adapter_folder: Path) -> None:
     assert "one --adapter" in verify("--routes", "--adapter", adapter_folder, "--adapter", adapter_folder).error
+
+
+def test_every_code_of_a_diagnosis_is_documented() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "verify-schema.md").read_text()
+    assert [code for code in CODES if f"`{code}`" not in text] == []

@@ -142,14 +142,31 @@ def test_gradients_have_plots_where_they_were_compared(report: Report) -> None:
     assert "gradient of the input" not in render(report)
 
 
-def test_behaviour_is_tabulated(report: Report) -> None:
-    generations = {
-        "prompts": 3,
-        "candidate": {"same": 0.5},
-        "texts": [{"prompt": 0, "reference": "a", "candidate": "b"}],
-    }
-    words = [text for _, text in Outline(render(replace(report, generations=generations))).text]
-    assert {"What both answer", "prompts", "same", "reference", "b"} <= set(words)
+GENERATIONS = {
+    "prompts": 1234,
+    "new_tokens": 64,
+    "floor_of": "bfloat16 against float32",
+    "candidate": {"same": 0.5, "agreeing": 0.875, "first": 7},
+    "floor": {"same": 1.0, "agreeing": 1.0, "first": None},
+    "texts": [{"prompt": 0, "agrees for": 7, "reference": "a <b> c", "candidate": "d"}],
+}
+SCORES = [{"task": "sums", "metric": "acc", "reference": 0.5, "candidate": 0.25, "difference": -0.25, "errors": None}]
+
+
+def test_behaviour_is_told_in_words(report: Report) -> None:
+    """The page is for readers: no key of the JSON is on it."""
+    page = render(replace(report, generations=GENERATIONS, tasks={"scores": SCORES}))
+    words = [text for _, text in Outline(page).text]
+    assert {"What both answer", "same to the end", "50.0%", "87.5%", "a <b> c"} <= set(words)
+    assert any("1,234 prompts, each continued greedily by at most 64 tokens" in text for text in words)
+    assert {"Tasks", "sums", "in standard errors", "-0.25"} <= set(words)
+    assert not {"new_tokens", "floor_of", "agrees for", "agreeing", "errors", "scores", "floor"} & set(words)
+    assert "What both answer" not in render(report) and "Scores by lm-eval" not in render(report)
+
+
+def test_continuations_that_all_agree_have_no_texts(report: Report) -> None:
+    page = render(replace(report, generations=GENERATIONS | {"texts": []}))
+    assert "What both answer" in page and "Those that part soonest" not in page
 
 
 def test_written_whole_or_not_at_all(report: Report, tmp_path: Path) -> None:

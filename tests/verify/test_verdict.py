@@ -83,7 +83,7 @@ def test_inventory_outranks_logits_and_every_finding_is_said() -> None:
     assert word == "different"
     assert reason.split("; ") == [
         "the q bias of layer 0 is missing",
-        "config.json has rope_theta 10000.0, the reference 1000000.0",
+        "config.json has rope_theta 10000, the reference 1000000",
         "y.weight is missing",
     ]
 

@@ -7,7 +7,7 @@ averages out: over 10**6 entries the factor is known to a thousandth, though sin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
 
 import torch
@@ -72,6 +72,25 @@ def find_factors(
     return [h + c for h, c in zip(held, solution.tolist(), strict=True)]
 
 
+def label_of(adapter: Adapter, adapters: Sequence[Adapter]) -> str:
+    """By name where there are several, by path where two have one name."""
+    if len(adapters) == 1:
+        return "the adapter"
+    alone = sum(other.path.name == adapter.path.name for other in adapters) == 1
+    return f"the adapter {adapter.path.name if alone else adapter.path}"
+
+
+def find_not_finite(names: Iterable[str], adapters: Sequence[Adapter]) -> list[Finding]:
+    """Adapters whose own A or B holds NaN or Inf for one of the weights `names`."""
+    found = []
+    for name in names:
+        for number, pair in pairs_of(name, adapters):
+            if not all(bool(read_tensor(part).isfinite().all()) for part in (pair.a, pair.b)):
+                label = label_of(adapters[number], adapters)
+                found.append(Finding(code="adapter_not_finite", name=name, detail=label))
+    return found
+
+
 def findings_of(factors: dict[str, list[tuple[int, LoraPair, float]]], adapters: Sequence[Adapter]) -> list[Finding]:
     """Findings of all modules that hold another multiple of an adapter than one; those that differ elsewhere are none.
 
@@ -81,20 +100,21 @@ def findings_of(factors: dict[str, list[tuple[int, LoraPair, float]]], adapters:
     found = []
     for number, adapter in enumerate(adapters):
         held = {name: (pair, f) for name, parts in factors.items() for n, pair, f in parts if n == number}
-        label = f"the adapter {adapter.path.name}" if len(adapters) > 1 else "the adapter"
+        label = label_of(adapter, adapters)
         nowhere = len(held) == len(adapter.pairs) and all(abs(factor) <= LITTLE for _, factor in held.values())
         for name, (pair, factor) in held.items():
             if abs(factor - 1) > LITTLE:
-                found.append(_finding(name, pair, factor, label, nowhere))
+                rslora = bool(adapter.config.get("use_rslora"))
+                found.append(_finding(name, pair, factor, label, nowhere, rslora))
     return found
 
 
-def _finding(name: str, pair: LoraPair, factor: float, label: str, nowhere: bool) -> Finding:
+def _finding(name: str, pair: LoraPair, factor: float, label: str, nowhere: bool, rslora: bool) -> Finding:
     if abs(factor) <= LITTLE:
         return Finding(code="adapter_not_applied" if nowhere else "adapter_missing", name=name, detail=label)
     if abs(factor - 2) <= 2 * LITTLE:
         return Finding(code="adapter_twice", name=name, detail=label)
-    return Finding(code="adapter_scaling", name=name, detail=f"{label}|{_round(factor)}|{_known(pair, factor)}")
+    return Finding(code="adapter_scaling", name=name, detail=f"{label}|{_round(factor)}|{_known(pair, factor, rslora)}")
 
 
 def _round(factor: float) -> str:
@@ -102,13 +122,16 @@ def _round(factor: float) -> str:
     return f"{factor:.2g}"
 
 
-def _known(pair: LoraPair, factor: float) -> str:
+def _known(pair: LoraPair, factor: float, rslora: bool) -> str:
     """Where the factor comes from, if it is one of the usual mistakes."""
+    root = sqrt(pair.rank)
     usual = {
-        "as if alpha were divided by the rank's square root (rsLoRA)": sqrt(pair.rank),
-        "as if alpha were divided by the rank, not its square root": 1 / sqrt(pair.rank),
         "as if there were no scaling": 1 / pair.scaling,
-        "as if alpha were not divided by the rank": float(pair.rank),
+        "as if alpha were not divided": root if rslora else root**2,
         "as if it were taken away": -1.0,
     }
+    if rslora:
+        usual["as if alpha were divided by the rank, not its square root"] = 1 / root
+    else:
+        usual["as if alpha were divided by the rank's square root (rsLoRA)"] = root
     return next((words for words, value in usual.items() if abs(factor / value - 1) < LITTLE), "")

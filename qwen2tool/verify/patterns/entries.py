@@ -15,7 +15,7 @@ from qwen2tool.checkpoint.geometry import Geometry
 from qwen2tool.verify.patterns.finding import Finding, layer_of, noun
 from qwen2tool.verify.patterns.grids import SAMPLE, find_grid, find_roundings, sample_blocks
 from qwen2tool.verify.patterns.orders import find_order, heads_of, near
-from qwen2tool.verify.tensors import BLOCK, ordinal
+from qwen2tool.verify.tensors import BLOCK, ordinal, same_rounded
 
 EXACT = 2.0**-8
 """Relative error that a rounding of the result to bf16 leaves of an exact relation."""
@@ -78,11 +78,6 @@ class Sums:
         return self.rc / sqrt(self.rr * self.cc) if self.rr and self.cc else 0.0
 
 
-def differs(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """Entries that are not one rounding from each other, whichever of the two was rounded."""
-    return ~((mine.to(theirs.dtype) == theirs) | (theirs.to(mine.dtype) == mine))
-
-
 def measure(reference: torch.Tensor, candidate: torch.Tensor) -> Sums:
     """The sums of two contiguous tensors of one shape."""
     found = Sums(count=reference.numel(), rows=torch.zeros(len(reference), dtype=torch.bool))
@@ -90,7 +85,7 @@ def measure(reference: torch.Tensor, candidate: torch.Tensor) -> Sums:
     mine, theirs = reference.view(-1), candidate.view(-1)
     for start in range(0, found.count, BLOCK):
         a, b = mine[start : start + BLOCK], theirs[start : start + BLOCK]
-        off = differs(a, b).nonzero().flatten()
+        off = (~same_rounded(a, b)).nonzero().flatten()
         if len(off):
             found.first = found.first if found.differing else start + int(off[0])
             found.differing += len(off)

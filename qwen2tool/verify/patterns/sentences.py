@@ -16,13 +16,25 @@ CONFIG = "copy config.json from the reference"
 BIASES = "bring {them} back with qwen2tool convert --biases-from ORIGINAL"
 
 CODES: dict[str, str] = {
+    "other_model": "the candidate is another model, no copy of the reference ({detail}): compare it with the one that "
+    "it was made from",
+    "config_unusable": f"config.json cannot be used ({{detail}}): {CONFIG}",
+    "config_unfit": f"config.json does not fit the tensors ({{detail}}): no reader can load them; {CONFIG}",
+    "packing_unsaid": "{which} {are} packed by a quantisation, but what says how to unpack {them} is lost "
+    "(config.json's quantization_config, or parts beside the weights): copy all files again from where they came from",
+    "tensor_renamed": "{which} {are} there under other names ({detail}): rename {them}, or save the model again "
+    "without what wraps it",
     "not_finite": "{which} {hold} NaN or Inf{detail}",
     "reference_not_finite": "the reference's own {which} {hold} NaN or Inf, so nothing can be held against {them}: "
     "copy or download the reference again",
+    "adapter_not_finite": "{detail} holds NaN or Inf for {which}, so nothing can be held against it: train or copy it "
+    "again",
     "bias_missing": f"{{which}} {{are}} missing, and readers fill in zeros: {BIASES}",
     "bias_ignored": "{which} {are} in the files, but config.json calls the model a Llama without attention_bias, so "
     "readers pass over {them}: set model_type to qwen2, or attention_bias to true",
     "layer_missing": "{which} {are} missing: the model was cut; use all layers of the original",
+    "tie_lost": "config.json no longer ties the head to the embedding table, and there is no lm_head.weight, so "
+    "readers make up a random head: set tie_word_embeddings to true",
     "tensor_missing": "{which} {are} missing: copy or download the checkpoint again",
     "bias_extra": "{which} {are} not in the reference: they are added to every token; remove them if they are not zero "
     "by mistake",
@@ -102,7 +114,15 @@ def sentence(code: str, names: Sequence[str], detail: str, layers: int) -> str:
     detail = DETAILS[code](detail) if code in DETAILS else detail
     text = CODES[code].format(which=which(names, layers), detail=_with_name(code, names, detail), known=KNOWN, **words)
     first = text.split()[0]
-    return (text[0].upper() + text[1:] if first.isalpha() and len(first) > 1 else text) + "."
+    word = first.isalpha() and len(first) > 1 and first not in names  # a tensor's name keeps its letters
+    return (text[0].upper() + text[1:] if word else text) + "."
+
+
+def without_config(text: str) -> str:
+    """`text` on a GGUF file, whose metadata are what config.json is to others, and which is not edited but made."""
+    for remedy in (f"{CONFIG}, both spellings", CONFIG):
+        text = text.replace(remedy, "make the file again from the original")
+    return text.replace("config.json", "the GGUF's metadata")
 
 
 def _with_name(code: str, names: Sequence[str], detail: str) -> str:
