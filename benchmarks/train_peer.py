@@ -1,6 +1,7 @@
 """One trainer, one process: LoRA or QLoRA steps on a local Qwen2 checkpoint, timed; prints RESULT and one JSON object.
 
     python benchmarks/train_peer.py --peer unsloth --model FOLDER --batch 4 --length 2048 --dropout 0.05
+    python benchmarks/train_peer.py --peer unsloth --wait
 
 Peers: `ours` and `ours_eager` (without graph capture); `hf` (transformers, PEFT, bitsandbytes), `hf_kbit` (the same
 after PEFT's `prepare_model_for_kbit_training`, which casts norms, embedding and head to fp32), `liger` (hf on Liger's
@@ -10,6 +11,9 @@ fastest way to call them. Four batches go round. A step is timed by CUDA events,
 `warmup` steps (compilation, capture, autotuning) are not counted. The clock of `first_step_s`, the end of the first
 step, starts before torch and the trainer are imported and leaves out the seeding of A, which is this script's own;
 `imported_s` is when all that the peer builds on was imported, a matter of the disk more than of the peer.
+
+With --wait the imports come first, then a line READY, then a job is read from stdin: one line, the fields of `Job` in
+JSON. The time that this takes is in no figure: the clock stands still from the end of the imports to the job's arrival.
 
 An exception ends up in the RESULT as `error`; the traceback is on stderr.
 """
@@ -26,7 +30,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -88,20 +92,20 @@ class Job(Work):
     warmup: int = 4
     device: str = "cuda"
 
-    def flags(self) -> list[str]:
-        """The command line that `parse` reads this back from."""
-        return [word for field in fields(self) for word in (f"--{field.name}", str(getattr(self, field.name)))]
 
-
-def parse(arguments: Sequence[str]) -> Job:
+def parse(arguments: Sequence[str]) -> tuple[Job, bool]:
+    """The job, and whether to wait for another one, of which only the peer is known now."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wait", action="store_true", help="import for --peer, then read the job from stdin")
     choices = {"peer": PEERS, "quantize": ("nf4", "none"), "recompute": ("all", "none", "auto")}
     for name, kind in get_type_hints(Job).items():
-        default = getattr(Job, name, None)
+        default = "" if name == "model" and "--wait" in arguments else getattr(Job, name, None)
         parser.add_argument(
             f"--{name}", type=kind, default=default, required=default is None, choices=choices.get(name)
         )
-    return Job(**vars(parser.parse_args(arguments)))
+    found = vars(parser.parse_args(arguments))
+    waits = found.pop("wait")
+    return Job(**found), waits
 
 
 class Trainer(NamedTuple):
@@ -112,12 +116,12 @@ class Trainer(NamedTuple):
     describe: Callable[[], dict[str, Any]]
 
 
-def import_all(job: Job) -> float:
+def import_all(peer: str) -> float:
     """Imports what the peer builds on; the seconds since the process began."""
     # Unsloth asks to come first, and brings the others along.
     own = {"unsloth": ("unsloth",), "liger": ("liger_kernel.transformers",)}
-    stepper = ("qwen2tool.training.stepper",) if job.peer.startswith("ours") else ()
-    for name in (*own.get(job.peer, stepper), "torch", "bitsandbytes", "peft", "transformers.models.qwen2"):
+    stepper = ("qwen2tool.training.stepper",) if peer.startswith("ours") else ()
+    for name in (*own.get(peer, stepper), "torch", "bitsandbytes", "peft", "transformers.models.qwen2"):
         importlib.import_module(name)
     return time.perf_counter() - STARTED
 
@@ -271,9 +275,16 @@ def timed(step: Callable[[], Any], cuda: bool) -> tuple[float, float]:
     return events[0].elapsed_time(events[1]), float(loss.detach())
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Loads, trains and measures; see the module docstring."""
-    imported = import_all(job)
+def read_job() -> Job | None:
+    """The job on stdin, or None at its end: whoever would have sent one has no use for it, or is gone."""
+    line = sys.stdin.readline()
+    return Job(**json.loads(line)) if line.strip() else None
+
+
+def run(job: Job, imported: float | None = None) -> dict[str, Any]:
+    """Loads, trains and measures, after the imports unless these took `imported` seconds; see the module docstring."""
+    imported = import_all(job.peer) if imported is None else imported
+    origin = time.perf_counter() - imported
     trainer, seeding = load(job)
     import torch
 
@@ -281,7 +292,7 @@ def run(job: Job) -> dict[str, Any]:
     memory = {"loaded": torch.cuda.memory_allocated(), "load_peak": torch.cuda.max_memory_allocated()} if cuda else {}
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ready = time.perf_counter() - STARTED - seeding
+    ready = time.perf_counter() - origin - seeding
     batches = token_batches(job, trainer.model.config.vocab_size)
     times, losses, first = [], [], 0.0
     for number in range(job.steps):
@@ -290,7 +301,7 @@ def run(job: Job) -> dict[str, Any]:
         milliseconds, loss = timed(lambda micro=micro: trainer.step(micro), cuda)
         times.append(milliseconds)
         losses.append(round(loss, 5))
-        first = first or time.perf_counter() - STARTED - seeding
+        first = first or time.perf_counter() - origin - seeding
     if cuda:
         free, total = torch.cuda.mem_get_info()
         memory |= {"peak_allocated": torch.cuda.max_memory_allocated(), "device_used": total - free}
@@ -332,14 +343,22 @@ def versions() -> dict[str, str]:
 
 
 def main() -> int:
-    job = parse(sys.argv[1:])
+    job, waits = parse(sys.argv[1:])
     if job.steps <= job.warmup:
         raise SystemExit(f"--steps {job.steps} leaves nothing to count after --warmup {job.warmup}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    imported = None
     try:
-        result = run(job)
+        if waits:
+            imported = import_all(job.peer)
+            print(f"READY {job.peer} after {imported:.1f} s", flush=True)
+            sent = read_job()
+            if sent is None:
+                return 0
+            job = sent
+        result = run(job, imported)
     except Exception as error:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]

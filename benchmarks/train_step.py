@@ -9,6 +9,11 @@ started". The result file is written after every process; a setting measured ane
 calls can fill one file. Each setting holds the ceilings measured in its own call, on the same GPU, and the floor that
 follows from them (ceilings.py).
 
+The imports of the next process, and nothing else of it, overlap what is being measured (processes.py); then it waits
+for its turn, which no figure counts. Settings measured so say `overlapped_imports`. A process beside which another one
+waited has no `device_used`: that would count the other's CUDA context. Calls on several GPUs (CUDA_VISIBLE_DEVICES) may
+run side by side, each with a --work and a --result of its own.
+
 For peers from a folder of unpacked wheels set PYTHONPATH; without git the commit is read from QWEN2TOOL_COMMIT.
 """
 
@@ -17,13 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,10 +39,13 @@ from common import environment, machine, run_script, write_result  # noqa: E402
 from readme_tables import speed_table  # noqa: E402
 
 from benchmarks.ceilings import floor  # noqa: E402
+from benchmarks.processes import Ahead, Process  # noqa: E402
 from benchmarks.train_peer import PEERS, Job, Work  # noqa: E402
 
 ALL = ("unsloth", "ours", "liger", "hf", "hf_kbit")
 OUT_OF_TIME = "not started: --seconds were used up"
+LEAST_SECONDS = 10.0
+"""No process is worth starting with less left."""
 WITHOUT_KBIT = ("unsloth", "ours", "liger", "hf")
 """For a 16-bit base: there PEFT's preparation would cast the whole model to fp32."""
 
@@ -62,7 +69,7 @@ SETTINGS = {
         geometry="qwen1.5-7b", batch=4, length=2048, recompute="none", budget_gb=42, peers=("unsloth", "ours")
     ),
     "seed": Setting(geometry="qwen1.5-7b", batch=1, length=1024, dropout=0.05, accumulation=16),
-    "small": Setting(geometry="qwen1.5-7b", batch=1, length=1024, rank=8),
+    "small": Setting(geometry="qwen1.5-7b", batch=1, length=1024, rank=8, budget_gb=5.3),
     "gqa": Setting(geometry="qwen2-7b", batch=4, length=2048),
     "half_b": Setting(geometry="qwen2-0.5b", batch=8, length=1024, quantize="none", peers=WITHOUT_KBIT),
     "one_and_half_b": Setting(geometry="qwen2-1.5b", batch=1, length=1024),
@@ -87,17 +94,27 @@ def main() -> None:
         return
     deadline = Deadline(options.seconds)
     options.work.mkdir(parents=True, exist_ok=True)
+    with closing(Ahead(lambda peer: start_peer(peer, options.work))) as ahead:
+        found = measure_all(options, deadline, ahead)
+    print(speed_table(found))
+
+
+def measure_all(options: argparse.Namespace, deadline: Deadline, ahead: Ahead) -> dict[str, Any]:
+    """The parts of the result file, by setting; each is written as it grows."""
+    first = [turns(SETTINGS[name], options)[0][1] for name in options.settings]
+    if deadline.left() > LEAST_SECONDS:
+        ahead.prepare(first[0])
     ceilings = measured_ceilings(options, deadline)
     print(f"{json.dumps(machine())}\n{json.dumps(ceilings)}", flush=True)
     command = ["python", "benchmarks/train_step.py", *sys.argv[1:]]
     found: dict[str, Any] = {}
-    for name in options.settings:
-        for part in measure(SETTINGS[name], options, deadline, ceilings):
+    for name, after in zip(options.settings, (*first[1:], None), strict=True):
+        for part in measure(SETTINGS[name], options, deadline, ceilings, ahead, after):
             if not all(run.get("skipped") for run in part["runs"]):  # nothing measured must not replace an old result
                 found[name] = part
                 write_result(options.result, command, {name: part})
             print(f"{name:15} {line(part['runs'][-1])}", flush=True)
-    print(speed_table(found))
+    return found
 
 
 def parse() -> argparse.Namespace:
@@ -131,36 +148,54 @@ def parse() -> argparse.Namespace:
 
 def measured_ceilings(options: argparse.Namespace, deadline: Deadline) -> dict[str, Any]:
     script = ROOT / "benchmarks" / "ceilings.py"
-    ceilings = run_process(script, ["--device", options.device], options.work, deadline.left())
+    process = Process(script, ["--device", options.device], options.work, surroundings(options.work))
+    ceilings = process.result(deadline.left())
     if "error" in ceilings:
         raise SystemExit(f"no ceilings: {ceilings['error']}")
     return ceilings
 
 
+def turns(setting: Setting, options: argparse.Namespace) -> list[tuple[int, str]]:
+    """The setting's rounds and peers in their order."""
+    return [(number + 1, peer) for number in range(options.rounds) for peer in options.peers or setting.peers]
+
+
+def due(peer: str, runs: Sequence[dict[str, Any]], options: argparse.Namespace) -> bool:
+    """Whether `peer` has its turn after `runs`: it did not fail in them, and may run more than once if it did run."""
+    before = [run for run in runs if run["peer"] == peer]
+    return not any("error" in run for run in before) and not (before and peer in options.once)
+
+
 def measure(
-    setting: Setting, options: argparse.Namespace, deadline: Deadline, ceilings: dict[str, Any]
+    setting: Setting,
+    options: argparse.Namespace,
+    deadline: Deadline,
+    ceilings: dict[str, Any],
+    ahead: Ahead,
+    after: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The setting's part of the result file, again after every process."""
+    """The setting's part of the result file, again after every process; peer `after` comes when all had their turns."""
     model, failure = checkpoint(setting.geometry, options, deadline)
-    part = asdict(setting) | {"layers": options.layers, "ceilings": ceilings}
+    part = asdict(setting) | {"layers": options.layers, "ceilings": ceilings, "overlapped_imports": True}
     runs: list[dict[str, Any]] = []
     if not failure:
         part |= floors(setting, json.loads((model / "config.json").read_text()), ceilings)
-    for number in range(options.rounds):
-        for peer in options.peers or setting.peers:
-            before = [run for run in runs if run["peer"] == peer]
-            if any("error" in run for run in before) or (before and peer in options.once):
-                continue
-            start = time.monotonic()
-            longest = max((run["seconds"] for run in before), default=0.0)
-            if failure:
-                found = {"error": failure, "skipped": failure == OUT_OF_TIME}
-            elif deadline.left() < max(10.0, longest):
-                found = {"error": OUT_OF_TIME, "skipped": True}
-            else:
-                found = run_peer(job(setting, peer, model, options, runs), options, deadline)
-            runs.append({"peer": peer, "round": number + 1, "seconds": round(time.monotonic() - start, 1), **found})
-            yield part | {"peers": summary(runs, part.get("floor_ms", math.nan)), "runs": list(runs)}
+    order = turns(setting, options)
+    for index, (number, peer) in enumerate(order):
+        if not due(peer, runs, options):
+            continue
+        start = time.monotonic()
+        longest = max((run["seconds"] for run in runs if run["peer"] == peer), default=0.0)
+        if failure:
+            found = {"error": failure, "skipped": failure == OUT_OF_TIME}
+        elif deadline.left() < max(LEAST_SECONDS, longest):
+            found = {"error": OUT_OF_TIME, "skipped": True}
+        else:
+            later = (name for _, name in order[index + 1 :] if due(name, [*runs, {"peer": peer}], options))
+            seconds = min(deadline.left(), options.peer_seconds)
+            found = run_peer(job(setting, peer, model, options, runs), seconds, ahead, next(later, after))
+        runs.append({"peer": peer, "round": number, "seconds": round(time.monotonic() - start, 1), **found})
+        yield part | {"peers": summary(runs, part.get("floor_ms", math.nan)), "runs": list(runs)}
 
 
 def job(
@@ -173,6 +208,8 @@ def job(
         default = setting.budget_gb or min(rival, default=0.0)
         work["budget_gb"] = default if options.budget_gb is None else options.budget_gb
         work["recompute"] = options.recompute or ("auto" if work["budget_gb"] else setting.recompute)
+    else:
+        work["budget_gb"] = 0.0
     warmup = 2 if setting.accumulation > 1 else 4
     counted = options.steps or (8 if setting.accumulation > 1 else 16)
     return Job(
@@ -180,34 +217,26 @@ def job(
     )
 
 
-def run_peer(job: Job, options: argparse.Namespace, deadline: Deadline) -> dict[str, Any]:
+def run_peer(job: Job, seconds: float, ahead: Ahead, following: str | None) -> dict[str, Any]:
+    """The job's result, while the process of the `following` peer, if any, imports."""
+    process = ahead.take(job.peer)
+    ahead.prepare(following)
+    found = process.result(seconds, json.dumps(asdict(job)) + "\n")
+    if following:
+        found.get("memory_gb", {}).pop("device_used", None)
+    return found
+
+
+def start_peer(peer: str, work: Path) -> Process:
+    """A process that imports and then waits for the peer's job."""
     script = ROOT / "benchmarks" / "train_peer.py"
-    return run_process(script, job.flags(), options.work, min(deadline.left(), options.peer_seconds))
+    return Process(script, ["--peer", peer, "--wait"], work, surroundings(work))
 
 
-def run_process(script: Path, flags: list[str], work: Path, seconds: float) -> dict[str, Any]:
-    """The RESULT of a script, or its `error`: what it said last, or that it was stopped after `seconds`.
-
-    It runs in `work`, where a peer's caches in the current folder then land, and in a process group of its own, so that
-    stopping it stops its compile workers as well.
-    """
+def surroundings(work: Path) -> dict[str, str]:
+    """The environment of a process: Unsloth says nothing to others, and compiles into `work`."""
     extra = {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str((work / "unsloth").resolve())}
-    line = [sys.executable, str(script), *flags]
-    process = subprocess.Popen(
-        line, cwd=work, env=environment() | extra, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        process_group=0,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=None if math.isinf(seconds) else max(seconds, 1.0))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {"error": f"stopped after {seconds:.0f} s"}
-    found = [text for text in out.splitlines() if text.startswith("RESULT ")]
-    if found:
-        return dict(json.loads(found[-1].removeprefix("RESULT ")))
-    lines = [text.strip() for text in (err or out).splitlines() if text.strip()]
-    return {"error": lines[-1] if lines else f"exit code {process.returncode}"}
+    return environment() | extra
 
 
 def checkpoint(geometry: str, options: argparse.Namespace, deadline: Deadline) -> tuple[Path, str]:
@@ -251,9 +280,11 @@ def summary(runs: list[dict[str, Any]], floor_ms: float) -> dict[str, dict[str, 
 def over_rounds(runs: list[dict[str, Any]], floor_ms: float) -> dict[str, Any]:
     ms = statistics.median(run["ms"] for run in runs)
     largest = {
-        name: max((run["memory_gb"].get(name, 0.0) for run in runs), default=0.0)
-        for name in ("peak_allocated", "peak_reserved", "device_used")
+        name: max(run["memory_gb"].get(name, 0.0) for run in runs) for name in ("peak_allocated", "peak_reserved")
     }
+    alone = [run["memory_gb"]["device_used"] for run in runs if "device_used" in run["memory_gb"]]
+    if alone:
+        largest["device_used"] = max(alone)
     return {
         "rounds": len(runs),
         "ms": ms,
@@ -283,4 +314,5 @@ def line(run: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # closes what it started, as Ctrl-C does
     main()

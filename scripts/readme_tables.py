@@ -220,7 +220,8 @@ def _speed_cell(record: dict[str, Any] | None, key: str) -> str:
 def _setting_text(part: dict[str, Any]) -> str:
     micro = f"{part['accumulation']} x " if part["accumulation"] > 1 else ""
     layers = f", {part['layers']} layers" if part.get("layers") else ""
-    kept = f", {part['budget_gb']:g} GB, no checkpointing" if part["budget_gb"] else ""
+    kept = f", {part['budget_gb']:g} GB" if part["budget_gb"] else ""
+    kept += ", no checkpointing" if part["recompute"] == "none" else ""
     return (
         f"{part['geometry']}{layers}, {micro}{part['batch']} x {part['length']}, "
         f"{'16 bit' if part['quantize'] == 'none' else part['quantize']}, r {part['rank']}, "

@@ -73,7 +73,8 @@ def test_speed_table(results):
 
 
 def test_settings_without_ours_or_accumulation_and_with_a_budget():
-    part = deepcopy(SETTING) | {"accumulation": 1, "budget_gb": 42.0, "quantize": "none", "layers": 4}
+    part = deepcopy(SETTING) | {"accumulation": 1, "quantize": "none", "layers": 4}
+    part |= {"budget_gb": 42.0, "recompute": "none"}
     part["peers"]["ours"] = {"error": "stopped after 300 s"}
     rows = readme_tables.speed_table({"seed": SETTING, "big": part}).splitlines()
     assert len(rows) == 5
@@ -81,6 +82,8 @@ def test_settings_without_ours_or_accumulation_and_with_a_budget():
         "| big: qwen1.5-7b, 4 layers, 1 x 1024, 16 bit, r 64, dropout 0.05, 42 GB, no checkpointing |"
         " stopped after 300 s | 6,370 ms, 8.8 GB | OutOfMemoryError | - | - |"
     )
+    small = readme_tables.speed_table({"small": part | {"recompute": "all", "budget_gb": 5.3}}).splitlines()[-1]
+    assert "dropout 0.05, 5.3 GB |" in small
 
 
 def test_measurements_of_one_call_are_named_once(results):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import replace
+import sys
+import time
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -22,15 +25,19 @@ def job(tmp_path_factory):
     )  # fmt: skip
 
 
+def flags(job: Job) -> list[str]:
+    return [word for name, value in asdict(job).items() for word in (f"--{name}", str(value))]
+
+
 def test_flags_are_read_back(job):
     changed = replace(job, dropout=0.05, budget_gb=42.0, recompute="auto")
-    assert train_peer.parse(changed.flags()) == changed
-    assert train_peer.parse(job.flags()) != changed
+    assert train_peer.parse(flags(changed)) == (changed, False)
+    assert train_peer.parse(flags(job)) != (changed, False)
 
 
 def test_unknown_peer_is_refused(job):
     with pytest.raises(SystemExit):
-        train_peer.parse(replace(job, peer="nobody").flags())
+        train_peer.parse(flags(replace(job, peer="nobody")))
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +95,55 @@ def test_batches_go_round_and_have_no_special_tokens(job):
 
 
 def test_failure_is_a_result(job, monkeypatch, capsys, tmp_path):
-    line = ["train_peer.py", *replace(job, model=str(tmp_path / "nowhere")).flags()]
+    line = ["train_peer.py", *flags(replace(job, model=str(tmp_path / "nowhere")))]
     monkeypatch.setattr("sys.argv", line)
     assert train_peer.main() == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert list(found) == ["error"] and ": " in found["error"]
 
 
+def wait_for(text: str, monkeypatch, capsys, peer: str = "hf") -> tuple[int, list[str]]:
+    """The exit code and the lines of a process that reads `text` as its job."""
+    monkeypatch.setattr("sys.argv", ["train_peer.py", "--peer", peer, "--wait"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    code = train_peer.main()
+    return code, [line for line in capsys.readouterr().out.splitlines() if line.startswith(("READY ", "RESULT "))]
+
+
+def test_a_job_is_read_after_the_imports(job, monkeypatch, capsys, results, tmp_path):
+    code, (ready, result) = wait_for(json.dumps(asdict(job)) + "\n", monkeypatch, capsys)
+    assert code == 0 and ready.startswith("READY hf after ")
+    found = json.loads(result.removeprefix("RESULT "))
+    assert found["losses"] == results["hf"]["losses"]
+    code, lines = wait_for(
+        json.dumps(asdict(replace(job, model=str(tmp_path / "nowhere")))) + "\n", monkeypatch, capsys
+    )
+    assert code == 1 and '"error"' in lines[1]
+
+
+def test_without_a_job_nothing_is_run_and_nothing_said(monkeypatch, capsys):
+    code, lines = wait_for("", monkeypatch, capsys)
+    assert code == 0 and [line.split()[0] for line in lines] == ["READY"]
+
+
+def test_a_peer_that_is_not_installed_is_a_result_before_any_job(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "unsloth", None)
+    code, (line,) = wait_for("", monkeypatch, capsys, peer="unsloth")
+    assert code == 1 and line.startswith('RESULT {"error": "ModuleNotFoundError: ')
+
+
+def test_the_wait_is_in_no_figure(job, monkeypatch):
+    """The process began 5000 s ago and its imports took 1000 s; without a wait all 5000 s are its imports."""
+    monkeypatch.setattr(train_peer, "STARTED", time.perf_counter() - 5000)
+    start = time.perf_counter()
+    found = train_peer.run(job, imported=1000.0)
+    longest = time.perf_counter() - start + 0.1
+    assert found["imported_s"] == 1000
+    assert 1000 <= found["ready_s"] <= found["first_step_s"] <= 1000 + longest
+    assert train_peer.run(job)["imported_s"] >= 5000
+
+
 def test_nothing_to_count_is_refused(job, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_peer.py", *replace(job, warmup=4).flags()])
+    monkeypatch.setattr("sys.argv", ["train_peer.py", *flags(replace(job, warmup=4))])
     with pytest.raises(SystemExit, match="--warmup 4"):
         train_peer.main()
