@@ -32,9 +32,9 @@ DPO_LENGTH = ("--max-length", "2048")
 """For both tools; at 1024 the prompt alone fills a tenth of the pairs."""
 QUESTION = "Write a Python function that reverses a string."
 PEERS: dict[str, tuple[str, ...]] = {
-    "cudnn on": ("--cudnn", "on"),
-    "cudnn off": ("--cudnn", "off"),
     "unsloth": ("--loader", "unsloth"),
+    "cudnn off": ("--cudnn", "off"),
+    "cudnn on": ("--cudnn", "on"),
 }
 """Runs of benchmarks/trl_peer.py: TRL twice, and Unsloth."""
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen2tool.errors import UserError
 from qwen2tool.routing.attention import safe_attention
 from qwen2tool.training.run import train
 from qwen2tool.training.settings import load_settings
@@ -60,7 +59,7 @@ def records_of_the_batch(tokenizer, file: Path) -> list[dict]:
     "QWEN2TOOL_REAL_MODEL" not in os.environ or "QWEN2TOOL_ALPACA" not in os.environ,
     reason="needs QWEN2TOOL_REAL_MODEL and QWEN2TOOL_ALPACA",
 )
-def test_ours_trains_through_the_very_batch(tmp_path, monkeypatch):
+def test_ours_trains_through_the_very_batch(tmp_path):
     from qwen2tool.checkpoint.load import load_tokenizer
 
     model = Path(os.environ["QWEN2TOOL_REAL_MODEL"])
@@ -73,14 +72,33 @@ def test_ours_trains_through_the_very_batch(tmp_path, monkeypatch):
     report = train(load_settings(None, fields | {"output": str(tmp_path / "ours")}))
     assert report.steps == 3 and report.last_loss < report.first_loss
 
-    # The negative control: the same batch on the backend that torch picks for itself.
-    from contextlib import nullcontext
-
+    # The negative control: stock transformers on the same batch, padded, on the backend that torch picks for itself.
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    only_cudnn = lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)  # noqa: E731
-    monkeypatch.setattr("qwen2tool.training.trainer.safe_attention", only_cudnn)
-    monkeypatch.setattr("qwen2tool.training.evaluate.safe_attention", nullcontext)
-    with pytest.raises(UserError, match=r"gradient of .* is not finite"):
-        train(load_settings(None, fields | {"output": str(tmp_path / "stock")}))
-    assert not (tmp_path / "stock" / "adapter").exists()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        assert not padded_gradient(model, tmp_path / "batch.json").isfinite().all()
+    with safe_attention():
+        assert padded_gradient(model, tmp_path / "batch.json").isfinite().all()
+
+
+def padded_gradient(folder: Path, file: Path) -> torch.Tensor:
+    """Of the loss in the embeddings, by transformers in bf16, sequences padded on the right."""
+    from transformers import Qwen2ForCausalLM
+
+    from qwen2tool.checkpoint.load import load_tokenizer
+    from qwen2tool.data.encode import encode_conversation
+    from qwen2tool.data.records import read_conversations
+
+    tokenizer = load_tokenizer(folder)
+    samples = [encode_conversation(tokenizer, c, n, 4096) for n, c in enumerate(read_conversations(file))]
+    shape = len(samples), max(len(sample.ids) for sample in samples)
+    ids, labels, mask = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100), torch.zeros(shape)
+    for row, sample in enumerate(samples):
+        end = len(sample.ids)
+        ids[row, :end], mask[row, :end] = torch.tensor(sample.ids), 1
+        labels[row, :end] = torch.where(torch.tensor(sample.scored), ids[row, :end], -100)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
+    embedded = model.get_input_embeddings()(ids.cuda()).detach().requires_grad_()
+    model.requires_grad_(False)
+    model(inputs_embeds=embedded, attention_mask=mask.long().cuda(), labels=labels.cuda()).loss.backward()
+    return embedded.grad
