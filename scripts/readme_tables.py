@@ -88,10 +88,10 @@ TRAINERS = {
 
 def training() -> str:
     found = load("real_model")
-    origins = dict.fromkeys(made_by(part, extra) for part, extra in (
-        (found["train"], ()), (found["peers"], ("trl", "unsloth"))
-    ))  # fmt: skip
-    return "\n\n".join((training_table(found["train"], found["peers"]), *origins))
+    parts = [found[name] for name in ("peers", "peers_unsloth") if name in found]
+    origins = dict.fromkeys([made_by(found["train"]), *(made_by(part, ("trl", "unsloth")) for part in parts)])
+    peers = {name: run for part in parts for name, run in part.items()}
+    return "\n\n".join((training_table(found["train"], peers), *origins))
 
 
 def training_table(ours: dict[str, Any], peers: dict[str, Any]) -> str:

@@ -52,8 +52,8 @@ def test_peers_of_the_tasks_asked_for(options, monkeypatch, tasks):
     options.tasks = tasks
     found = real_model.peers(options)
     sft, dpo = ([name for name in found if name.startswith(task)] for task in ("sft", "dpo"))
-    assert sft == (["sft, cudnn on", "sft, cudnn off", "sft, unsloth"] if "sft" in tasks else [])
-    assert dpo == (["dpo, cudnn on", "dpo, cudnn off"] if "dpo" in tasks else [])
+    assert sft == (["sft, unsloth", "sft, cudnn off", "sft, cudnn on"] if "sft" in tasks else [])
+    assert dpo == (["dpo, cudnn off", "dpo, cudnn on"] if "dpo" in tasks else [])
     assert len(lines) == len(found) and sum("--loader unsloth" in line for line in lines) == ("sft" in tasks)
     assert all(("--adapter" in line) == ("--task dpo" in line) for line in lines)
 
@@ -67,7 +67,7 @@ def test_an_adapter_that_cannot_be_scored_is_kept_as_an_error(options, monkeypat
     monkeypatch.setattr(real_model, "run_peer", lambda *_: {"losses": [1.0]})
     monkeypatch.setattr(real_model, "score", score)
     found = real_model.peers(options)
-    assert list(found) == ["sft, cudnn on", "sft, cudnn off", "sft, unsloth"], "DPO would start from NaN"
+    assert list(found) == ["sft, unsloth", "sft, cudnn off", "sft, cudnn on"], "DPO would start from NaN"
     assert found["sft, unsloth"]["held_out"] == {"error": "ValueError: unknown key"}
     assert json.loads(options.result.read_text())["peers"]["sft, cudnn on"]["held_out"]["sft"]["nll"] == "nan"
 

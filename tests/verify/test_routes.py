@@ -348,13 +348,16 @@ def test_a_tied_model_in_one_file(tmp_path):
 @pytest.mark.parametrize("nf4", [False, True], ids=["16bit", "nf4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_on_a_gpu(strong_folder, adapter_folder, dtype, nf4):
-    """Triton kernels and fused attention; "float32" leaves the memory-efficient kernel to both sides.
+    """Triton kernels and fused attention; "float32" leaves the plain kernel to both sides.
 
-    On 141 tokens fp32 with NF4 was not decided on an H100 (one gradient at 1.2 times its bar), hence about 400.
+    One text in four or five is not decided in fp32 (on an H100 the worst gradient of NF4 was at 0.66, 0.78, 0.85 and
+    1.01 times its bar, plain PyTorch in our kernels' place at 0.67 to 0.95): hence three texts, of which two decide.
     """
-    samples = random_samples(4, 100)
-    report = verify_routes(strong_folder, samples, adapter=adapter_folder, nf4=nf4, dtype=dtype, device="cuda")
-    assert (report.verdict, report.fused) == ("equivalent", 3), report.reason
+    options = {"adapter": adapter_folder, "nf4": nf4, "dtype": dtype, "device": "cuda"}
+    reports = [verify_routes(strong_folder, random_samples(4, 100, seed=seed), **options) for seed in range(3)]
+    verdicts = sorted(report.verdict for report in reports)
+    assert verdicts[:2] == ["equivalent"] * 2 and "different" not in verdicts, [report.reason for report in reports]
+    assert {report.fused for report in reports} == {3}
 
 
 @pytest.mark.gpu
