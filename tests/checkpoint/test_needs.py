@@ -37,14 +37,17 @@ def measured():
 
 
 def test_qlora_is_within_a_tenth_of_what_was_measured(measured):
-    """Both peers moved layer inputs to the host, ours the embedding table as well: those are taken off."""
+    """Of the two peers that recompute every layer, Liger keeps all on the device, Unsloth the layer inputs on the host.
+
+    The third run, qwen2tool's own, is none to compare: it spends what a budget leaves on activations that it keeps.
+    """
     estimate = memory("qwen1.5-7b")[0]["train"]["qlora"]["total"] / 1e9
-    inputs, table = 32 * SEQUENCES * LENGTH * 4096 * 2 / 1e9, 151936 * 4096 * 2 / 1e9
+    inputs = 32 * SEQUENCES * LENGTH * 4096 * 2 / 1e9
     unsloth = measured["peers"]["unsloth"]["memory_gb"]["peak_allocated"]
-    ours = measured["peers"]["ours"]["memory_gb"]["peak_allocated"]
+    liger = measured["peers"]["liger"]["memory_gb"]["peak_allocated"]
+    assert estimate == pytest.approx(liger, rel=0.1)
     assert estimate - inputs == pytest.approx(unsloth, rel=0.03)
-    assert estimate - inputs * 28 / 32 - table == pytest.approx(ours, rel=0.1)
-    assert estimate != pytest.approx(ours, rel=0.1), "on the device alone it takes more"
+    assert estimate != pytest.approx(unsloth, rel=0.1), "on the device alone it takes more"
 
 
 def test_the_adapter_is_the_one_that_was_trained(measured):
