@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TextIO
 
 from qwen2tool.checkpoint.gguf_header import ALIGNMENT
 from qwen2tool.convert.gguf_pack import Planned, write_data
-from qwen2tool.convert.store import UNFINISHED, Hashes, HashingFile, hash_range, sync
+from qwen2tool.convert.store import UNFINISHED, Hashes, HashingFile, pieces, sync
 
 JOURNAL = ".journal.jsonl"
 
@@ -145,5 +145,6 @@ def _hash_of(file: Path, begin: int, count: int) -> str:
     if file.stat().st_size < begin + count:
         return ""
     digest = hashlib.sha256()
-    hash_range(digest, file, begin, count)
+    for piece in pieces(file, begin, count):
+        digest.update(piece)
     return digest.hexdigest()
