@@ -37,6 +37,16 @@ def use(backend: Backend) -> Iterator[None]:
         _forced.reset(token)
 
 
+def blank(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Room (rows, columns) for an operand of products, in dtype and on the device of `like`: uninitialised on a GPU.
+
+    On a CPU it holds zeros. 16-bit products of a CPU with AMX read up to 31 columns past the end of a strided row and
+    multiply them with zero (K > 32 and no multiple of 32: uxlfoundation/oneDNN#5717, in torch up to 2.13 at least), and
+    memory that happens to hold NaN makes NaN of the result.
+    """
+    return like.new_empty(rows, columns) if like.is_cuda else like.new_zeros(rows, columns)
+
+
 def require(passed: bool, op: str, what: str) -> None:
     """Refuses what a kernel cannot take.
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from qwen2tool.kernels.backend import blank
 from qwen2tool.kernels.nf4 import Quantised, dequantise
 from qwen2tool.kernels.rows import copy_rows, fill_adapters
 
@@ -119,7 +120,7 @@ def assemble(group: Group, dtype: torch.dtype, *, extended: bool) -> Weights:
         a = torch.empty(width, k, dtype=dtype, device=device)
         fill_adapters(a, None, adapters)
         return Weights(None, a, [(b * scale).to(dtype) for _, b, scale, _ in adapters])
-    matrix = torch.empty(group.rows + width, k + width, dtype=dtype, device=device)
+    matrix = blank(torch.empty(0, dtype=dtype, device=device), group.rows + width, k + width)
     row = 0
     for projection, out in zip(group.projections, group.outs, strict=True):
         _fill_base(matrix[row : row + out, :k], projection.weight)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qwen2tool.kernels.backend import require
+from qwen2tool.kernels.backend import blank, require
 from qwen2tool.kernels.dropout import keep_bits
 from qwen2tool.kernels.group import Group, Projection, Weights, assemble, plain_weight, prefers_extended
 from qwen2tool.kernels.masked import add_masked_grad_x, masked_grad_a, masked_product
@@ -62,17 +62,17 @@ class Rows(NamedTuple):
 
 
 def new_rows(tokens: int, columns: int, width: int, weights: Weights) -> Rows:
-    """Uninitialised rows in the form of `weights`."""
+    """Rows to be filled, in the form of `weights`."""
     if weights.matrix is None or not width:
-        plain = weights.a.new_empty(tokens, columns)
-        return Rows(plain, plain.new_empty(tokens, width))
-    whole = weights.a.new_empty(tokens, columns + width)
+        plain = blank(weights.a, tokens, columns)
+        return Rows(plain, blank(plain, tokens, width))
+    whole = blank(weights.a, tokens, columns + width)
     return Rows(whole[:, :columns], whole[:, columns:], whole)
 
 
 def rows_of(plain: torch.Tensor, width: int) -> Rows:
     """Rows around a tensor that is there already."""
-    return Rows(plain, plain.new_empty(plain.shape[0], width))
+    return Rows(plain, blank(plain, plain.shape[0], width))
 
 
 def low_rank(x: Rows, group: Group, weights: Weights, bits: torch.Tensor | None = None) -> None:

@@ -46,9 +46,14 @@ class Case(NamedTuple):
     bits: torch.Tensor | None
 
 
+def between(dtype: torch.dtype) -> float:
+    """NaN; in 16 bit on a CPU a large number, since torch's own products may multiply it with zero there (`blank`)."""
+    return float("nan") if DEVICE == "cuda" or dtype == torch.float32 else 30_000.0
+
+
 def strided(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values` as rows that lie further apart than they are long, NaN between them."""
-    buffer = torch.full((values.shape[0] + 1, values.shape[1] + 8), float("nan"), dtype=dtype, device=DEVICE)
+    """`values` as rows that lie further apart than they are long, `between` them what must not be read."""
+    buffer = torch.full((values.shape[0] + 1, values.shape[1] + 8), between(dtype), dtype=dtype, device=DEVICE)
     return buffer[: values.shape[0], : values.shape[1]].copy_(values)
 
 
@@ -302,7 +307,8 @@ def test_residual(place, wide, dtype, form):
         with pytest.raises(AssertionError, match="error"):
             assert_as_good(y - share * before, like, right, dtype)
     if out is not None:
-        assert bool(out._base[-1].isnan().all()) and bool(out._base[:, columns:].isnan().all())
+        around = torch.cat([out._base[-1], out._base[:, columns:].flatten()])
+        assert torch.equal(around.nan_to_num(-1.0), torch.full_like(around, between(kind)).nan_to_num(-1.0))
 
 
 @FORM

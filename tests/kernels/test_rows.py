@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from qwen2tool.kernels import backend
+from qwen2tool.kernels.group import Adapter, Group, Projection, assemble
+from qwen2tool.kernels.lora import new_rows, rows_of
 from qwen2tool.kernels.rows import copy_rows, fill_adapters
 from tests.kernels.device import DEVICE, nearest_bf16  # noqa: F401
+from tests.kernels.poison import nan_memory  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("nearest_bf16")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,3 +73,14 @@ def test_without_b_only_a_is_written():
     with backend.use("triton"):
         fill_adapters(a, None, [(source, torch.randn(3, 5, device=DEVICE), 2.0, slice(0, 3))])
     assert torch.equal(a[:5], source) and not a[5:].any()
+
+
+@pytest.mark.usefixtures("nan_memory")
+def test_products_on_a_cpu_meet_no_memory_that_nobody_wrote():
+    """oneDNN on CPUs with AMX multiplies what lies behind a row with zero; the fixture fills such memory with NaN."""
+    assert bool(torch.empty(8, device=DEVICE).isnan().all())
+    x, weight = (torch.randn(size, device=DEVICE).bfloat16() for size in ((9, 40), (24, 40)))
+    adapter = Adapter(torch.randn(3, 40, device=DEVICE), torch.randn(24, 3, device=DEVICE), 2.0)
+    weights = assemble(Group((Projection(weight, None, (adapter,)),)), x.dtype, extended=True)
+    rooms = [weights.matrix, new_rows(9, 40, 8, weights).whole, rows_of(x, 8).tail]
+    assert [bool(room.isfinite().all()) for room in rooms] == [DEVICE == "cpu"] * 3
