@@ -3,7 +3,7 @@
 GGUF keeps a model in one file: geometry and tokenizer as metadata, weights in blocks of 4 to 32 bits, biases and norms
 in F32. Names follow one table. The config is rebuilt from the metadata; numbers that GGUF holds in fp32 come back as
 the shortest decimal that is that fp32 number (1e-06, not 9.999999974752427e-07). What GGUF has no word for comes back
-from the config.json that `write_gguf` left inside (`STORED_CONFIG`), if that still describes the same function.
+from the config.json that `convert` left inside (`STORED_CONFIG`), if that still describes the same function.
 
 Two architectures hold a Qwen2: "qwen2", and "llama" for a llamafied one, whose q and k rows llama.cpp reorders (weights
 and biases), so that its RoPE can turn neighbouring pairs. Here they are as they are stored: `convert.gguf_read` puts

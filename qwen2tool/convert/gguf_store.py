@@ -26,19 +26,16 @@ JOURNAL = ".journal.jsonl"
 
 
 class GgufStore:
-    """The working folder of one GGUF; `resumed` counts the tensors that an earlier run had written.
+    """The working folder of one GGUF; `resumed` counts the tensors that an earlier run had written."""
 
-    With `keep` off nothing is worth keeping: a run that fails leaves no folder.
-    """
-
-    def __init__(self, folder: Path, keep: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.resumed = 0
-        self._keep, self._hashes = keep, Hashes()
+        self._hashes = Hashes()
 
     @property
     def kept(self) -> str:
-        return f"{len(self._hashes)} finished tensors" if self._keep and self._hashes else ""
+        return f"{len(self._hashes)} finished tensors" if self._hashes else ""
 
     def write(
         self, name: str, header: bytes, plan: Sequence[Planned], on_tensor: Callable[[str, int], None] | None

@@ -2,7 +2,7 @@
 
 A reader of GGUF knows the splitting rule by name; tokenizer.json writes it out. Ordinary tokens become the vocabulary,
 control and user-defined ones added tokens, and unused rows (the padding of the embedding) no tokens at all, as in the
-published folders. Text is normalised to NFC, as every Qwen2 tokenizer does and GGUF cannot say. What `write_gguf` kept
+published folders. Text is normalised to NFC, as every Qwen2 tokenizer does and GGUF cannot say. What `gguf_write` kept
 of the original files comes back instead, if reading it again gives the same lists.
 """
 

@@ -16,11 +16,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
-from uuid import uuid4
 
 from qwen2tool.checkpoint.geometry import Config, Geometry, expected_tensors
 from qwen2tool.checkpoint.gguf_file import LAYER_NAMES, TOP_NAMES
@@ -60,27 +59,13 @@ class Written:
     resumed: int
 
 
-def write_gguf(
-    view: View,
-    out: Path,
-    kind: GgufKind,
-    *,
-    overwrite: bool = False,
-    on_tensor: Callable[[str, int], None] | None = None,
-) -> Written:
-    """Writes `view` to `out` (a new .gguf file), matrices as `kind`: complete or not at all, never continued."""
-    with gguf_file(view, out, kind, overwrite=overwrite, on_tensor=on_tensor) as written:
-        pass
-    return replace(written, file=out)
-
-
 @contextmanager
 def gguf_file(
     view: View,
     out: Path,
     kind: GgufKind,
     *,
-    key: str = "",
+    key: str,
     overwrite: bool = False,
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> Iterator[Written]:
@@ -88,7 +73,7 @@ def gguf_file(
 
     Args:
         key: hexadecimal, names what the bytes are made from: what a killed run with the same key and `out` wrote is
-            gone on with. Without one, nothing is.
+            gone on with.
         on_tensor: called after each tensor with its name in `view` and the bytes written for it.
 
     Raises:
@@ -100,8 +85,7 @@ def gguf_file(
     plan = _plan(view, kind)
     facts = _facts(view.geometry, view.config)
     tokenizer = _tokenizer_of(view)
-    working = resumable(out, key or uuid4().hex, lambda folder: GgufStore(folder, keep=bool(key)))
-    with _full_disk_is_one_line(out), working as store:
+    with _full_disk_is_one_line(out), resumable(out, key, GgufStore) as store:
         header = metadata_bytes(store.folder, out.stem, view.config, facts, tokenizer, plan, kind)
         file, hashes = store.write(out.name, header, plan, on_tensor)
         yield Written(

@@ -39,10 +39,10 @@ def write_gguf_file(
 ) -> ConvertReport:
     """Writes `view` (of the source `name`) to the file `out`, complete or not at all; `start` is when the run began.
 
-    A run that was killed goes on where it was when it is called again with the same `key` (see `write_gguf`).
+    A run that was killed goes on where it was when it is called again with the same `key` (see `gguf_file`).
 
     Raises:
-        UserError: see `write_gguf`; an output that is a part of the source.
+        UserError: see `gguf_file`; an output that is a part of the source.
     """
     require_no_part(out, view)
     with progress("writing GGUF", sum(tensor.nbytes for tensor in view.tensors.values())) as advance:

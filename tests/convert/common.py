@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+from qwen2tool.checkpoint.view import View
+from qwen2tool.convert.gguf_write import GgufKind, Written, gguf_file
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
 
@@ -25,6 +29,13 @@ def hashes(folder: Path) -> dict[str, str]:
                 data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
                 found[name] = f"{tensor.dtype} {hashlib.sha256(data).hexdigest()}"
     return found
+
+
+def write_gguf(view: View, out: Path, kind: GgufKind, **options: Any) -> Written:
+    """The finished file; what it is named after matters to a run that is killed only."""
+    with gguf_file(view, out, kind, key="ab" * 32, **options) as written:
+        pass
+    return replace(written, file=out)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from qwen2tool.checkpoint.adapter_report import inspect_adapter
 from qwen2tool.checkpoint.report import inspect_checkpoint
 from qwen2tool.checkpoint.view import read
 from qwen2tool.convert.gguf_tokenizer import side_files_of_gguf
-from qwen2tool.convert.gguf_write import write_gguf
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.convert.run import convert
 from qwen2tool.errors import UserError
 from tests.checkpoint.files import FIRST, INDEX, SMALL, raw_file, split_header
 from tests.checkpoint.mutate import mutate_bytes, mutate_json
 from tests.checkpoint.torch_files import as_bins, edited, pickle_of
+from tests.convert.common import write_gguf
 from tests.convert.packed import NF4, save_packed
 from tests.tiny import write_adapter, write_tiny
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import qwen2tool
 from qwen2tool.checkpoint.view import Derived
-from qwen2tool.convert.gguf_write import write_gguf
 from qwen2tool.convert.read import open_qwen2
+from tests.convert.common import write_gguf
 from tests.convert.corpus import TEXTS
 from tests.convert.gguf_files import write_llama_gguf
 from tests.tiny import write_tiny

@@ -15,9 +15,9 @@ from qwen2tool.checkpoint.gguf_file import open_gguf
 from qwen2tool.checkpoint.view import View, read
 from qwen2tool.convert import gguf_read
 from qwen2tool.convert.gguf_read import view_of_gguf
-from qwen2tool.convert.gguf_write import write_gguf
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.errors import UserError
+from tests.convert.common import write_gguf
 from tests.convert.gguf_files import (
     HIDDEN,
     ROWS,

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qwen2tool.checkpoint.view import read
-from qwen2tool.convert.gguf_write import write_gguf
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.convert.run import Options, convert
+from tests.convert.common import write_gguf
 from tests.convert.corpus import NOT_NFC, TEXTS
 
 NEEDED = ("QWEN2TOOL_REAL_MODEL", "QWEN2TOOL_REAL_GGUF")

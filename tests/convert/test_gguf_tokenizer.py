@@ -17,9 +17,9 @@ from qwen2tool.checkpoint.gguf_file import open_gguf
 from qwen2tool.convert.gguf_tokenizer import side_files_of, side_files_of_gguf
 from qwen2tool.convert.gguf_vocab import Kind, tokenizer_of_gguf
 from qwen2tool.convert.gguf_vocab_json import tokenizer_of_folder
-from qwen2tool.convert.gguf_write import write_gguf
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.errors import UserError
+from tests.convert.common import write_gguf
 from tests.convert.corpus import NOT_NFC, TEXTS
 from tests.convert.gguf_files import numbers, small_metadata, string, strings, u32, write_small
 from tests.tiny import write_tiny

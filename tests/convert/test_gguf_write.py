@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from qwen2tool.checkpoint.view import Derived, read
 from qwen2tool.convert import gguf_pack, gguf_store
-from qwen2tool.convert.gguf_write import gguf_name, write_gguf
+from qwen2tool.convert.gguf_write import gguf_name
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.errors import UserError
+from tests.convert.common import write_gguf
 from tests.tiny import write_tiny
 
 
