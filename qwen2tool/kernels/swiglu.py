@@ -238,8 +238,8 @@ def swiglu_backward(
 ) -> torch.Tensor:
     """The gradient of `swiglu_forward`: dh (N, I), gate_up (N, 2I) -> d_gate_up (N, 2I), in gate_up's dtype.
 
-    h (N, I) is written again into `h_out` where given. d_gate_up lies in `out` where given; that may be `gate_up`
-    itself.
+    h (N, I) is written again into `h_out` where given, which may be `dh` itself. d_gate_up lies in `out` where given;
+    that may be `gate_up` itself.
 
     Raises:
         ValueError: a shape, dtype or stride the op does not take.

@@ -289,7 +289,9 @@ class _FusedLayer(torch.autograd.Function):
             h = _o_operands(attention, spec, call, tails.o).forward(residual=again, out=again)
         operands.fill_tail()
         operands.pause()
-        dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, _kept_gate_up(kept, spec), tails, spec, call, need_norm2)
+        gate_up, kept = _kept_gate_up(kept, spec), kept._replace(gate_up=None)
+        dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, gate_up, tails, spec, call, need_norm2)
+        del gate_up  # attention's gradients take its place
         d_qkv, o_grads = _attention_backward(dh.to(call.dtype), attention, operands, tails, spec, call)
         dx, d_norm1 = None, None
         if need_dx or need_norm1:
@@ -331,12 +333,13 @@ def _down_backward(
     dy: torch.Tensor, gate_up: Rows, tails: _Tails, spec: LayerSpec, call: Call
 ) -> tuple[Rows, list[torch.Tensor]]:
     """(d[gate | up], written over gate_up; gradients of down's adapters)."""
-    group = spec.down
-    operands = _prepare(group, dy.shape[0], call, tails.down)
-    d_rows = new_rows(dy.shape[0], group.rows, group.width, operands.weights)
+    group, tail, tokens = spec.down, tails.down, dy.shape[0]
+    operands = _Operands(group, tokens, call, extended=prefers_extended(group, tokens), known=tail is not None)
+    d_rows = new_rows(tokens, group.rows, group.width, operands.weights)
     copy_rows(dy, d_rows.plain)  # cheaper than adding LoRA's part to the wider gradient of silu(gate) up
-    d_inner = operands.backward(d_rows)
-    swiglu_backward(d_inner, gate_up.plain, h_out=operands.rows.plain, out=gate_up.plain)
+    inner = operands.backward(d_rows)  # its gradient first, and then silu(gate) up itself: here memory is at its peak
+    swiglu_backward(inner, gate_up.plain, h_out=inner, out=gate_up.plain)
+    operands.rows = rows_of(inner, group.width) if tail is None else Rows(inner, tail)
     operands.fill_tail()
     return gate_up, operands.grads(d_rows)
 

@@ -96,12 +96,21 @@ class Sizes:
         return min(max((self.bus * forward - self.input) / self.mlp, 0.0), 1.0)
 
     @property
-    def backward_activations(self) -> int:
-        """One layer's backward: the gradient of its output and of h, silu(gate) up and its gradient, two rows of H."""
-        return self.tokens * (2 * self.intermediate + 2 * self.hidden) * self.itemsize + 2 * self.input
+    def mlp_backward(self) -> int:
+        """Of one layer: the gradients of its output and of h, silu(gate) up or its gradient, two rows of H."""
+        return self.tokens * (self.intermediate + 2 * self.hidden) * self.itemsize + 2 * self.input
 
-    def backward_weights(self, frugal: bool) -> int:
-        """Unpacked at once in one layer's backward, adapters among them."""
+    @property
+    def attention_backward(self) -> int:
+        """Of one layer: those two gradients, a row of H, the gradient of attention's output, those of q, k and v as
+        attention gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
+        qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
+        weights = (qkv + self.query_columns) * self.hidden
+        activations = self.tokens * ((2 * qkv + row) * self.itemsize + 4 * self.query_columns)
+        return weights * self.itemsize + activations + 2 * self.input
+
+    def mlp_backward_weights(self, frugal: bool) -> int:
+        """Unpacked at once in the backward of one layer's MLP, adapters among them."""
         gate_up = (2 * self.intermediate + 2 * self.rank_columns) * (self.hidden + 2 * self.rank_columns)
         qkv = (self.query_columns + 2 * self.kv_columns) * self.hidden
         return (max(gate_up, qkv) if frugal else gate_up + self._down_weights + qkv) * self.itemsize
@@ -228,18 +237,19 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
         for index, level in enumerate(plan.keep)
     ]
     leaving = [sizes.mlp if index in plan.host_gate_up else 0 for index in range(sizes.layers)]
-    weights, activations = sizes.backward_weights(plan.frugal), sizes.backward_activations
+    in_mlp = sizes.mlp_backward + sizes.mlp_backward_weights(plan.frugal)
     below, highest = 0, 0
-    for index, level in enumerate(plan.keep):
+    for index in range(sizes.layers):
         # Forward: its own input, with the host those of two layers that are on their way there.
         inputs = min(index + 1, 3) if plan.host_inputs else index + 1
         forward = inputs * sizes.input + sum(leaving[max(index - 2, 0) : index]) + sizes.forward
         # Backward: its own input, with the host the one of the layer below, on its way back.
         inputs = min(index + 1, 2) if plan.host_inputs else index + 1
-        recomputed = sizes.attention if level in ("input", "mlp") else 0
-        recomputed += sizes.mlp if level in ("input", "attention") or leaving[index] else 0
         arriving = leaving[index - 1] if index else 0
-        backward = kept[index] + inputs * sizes.input + recomputed + arriving + weights + activations
+        work = max(
+            in_mlp + sizes.mlp, sizes.attention_backward
+        )  # gate and up, kept or recomputed, are gone after the MLP
+        backward = sizes.tails + sizes.attention + inputs * sizes.input + arriving + work
         highest = max(highest, below + forward, below + backward)
         below += kept[index]
     inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers

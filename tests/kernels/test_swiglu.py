@@ -93,12 +93,16 @@ def test_backward(shape: tuple[int, int], dtype: torch.dtype):
         h = swiglu_forward(case.gate_up)
         grad = swiglu_backward(case.dh, case.gate_up, h_out=h_out, out=out)
         bare = swiglu_backward(case.dh, case.gate_up)
+        place = case.dh.clone()
+        beside = swiglu_backward(place, case.gate_up, h_out=place)
         in_place = swiglu_backward(case.dh, case.gate_up, out=case.gate_up)
     assert grad is out
     assert in_place is case.gate_up
     assert torch.equal(in_place, grad)
     assert torch.equal(bare, grad)
+    assert torch.equal(beside, grad)
     assert torch.equal(h_out, h)
+    assert torch.equal(place, h)
     assert torch.equal(case.dh, before)
     assert kept_inside(out)
     assert kept_inside(h_out)
@@ -207,7 +211,8 @@ def test_real_sizes(width: int, extra: int):
     assert torch.equal(h_out, h)
     assert_as_good(h, case.reference[0], case.truth[0], torch.bfloat16)
     assert_as_good(grad, case.reference[1], case.truth[1], torch.bfloat16)
-    assert torch.equal(swiglu_backward(case.dh, case.gate_up, out=case.gate_up), grad)
+    assert torch.equal(swiglu_backward(case.dh, case.gate_up, h_out=case.dh, out=case.gate_up), grad)
+    assert torch.equal(case.dh, h)
 
 
 @pytest.mark.gpu

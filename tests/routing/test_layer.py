@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
+import qwen2tool.routing.layer
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route
@@ -63,6 +65,35 @@ def test_logits_and_every_gradient(geometry, keep):
     assert plan.counts == {"fused layer": 3}
     assert worst(errors)[1] < EXACT, worst(errors)
     assert len(errors) == 1 + 3 * 7 * 2
+
+
+@pytest.mark.parametrize("keep", ["input", "all"])
+def test_gate_and_up_are_gone_before_the_gradients_of_attention_come(keep, monkeypatch):
+    """The memory plan counts on it: of the two moments only the higher one is paid for."""
+    rows, mlp, attention = [], qwen2tool.routing.layer._mlp_backward, qwen2tool.routing.layer._attention_backward
+    make = qwen2tool.routing.layer._gate_up
+
+    def made(*arguments):
+        found = make(*arguments)
+        rows.append(weakref.ref(found.plain))
+        return found
+
+    def in_mlp(*arguments):
+        result = mlp(*arguments)
+        alive.append(rows[-1]() is not None)
+        return result
+
+    def in_attention(*arguments):
+        alive.append(rows[-1]() is not None)
+        return attention(*arguments)
+
+    alive: list[bool] = []
+    for name, planted in (("_gate_up", made), ("_mlp_backward", in_mlp), ("_attention_backward", in_attention)):
+        monkeypatch.setattr(qwen2tool.routing.layer, name, planted)
+    model = lora_model(config={"num_hidden_layers": 1})
+    route(model, memory=MemoryPlan((keep,)))
+    logits_and_gradients(model, input_ids=batch())
+    assert alive == [keep == "all", False]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

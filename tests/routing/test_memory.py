@@ -177,14 +177,13 @@ def at_every_moment(sizes, plan):
     inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers
     logits = (plan.head_rows or 1024) * sizes.vocabulary * (4 + s) if s == 2 else plan.head_rows * sizes.vocabulary * 6
     moments.append(sum(map(kept, layers)) + (inputs + 3) * x + sum(away[-2:]) * gate_up + logits)
-    for at in layers:  # backward: dy and dh, what is not kept, silu(gate) up and its gradient, two rows of H
+    for at in layers:  # backward: dy and dh, what is not kept, silu(gate) up in its gradient's place, two rows of H
         inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 1)]
-        again = (attention if plan.keep[at] in ("input", "mlp") else 0) + (
-            gate_up if plan.keep[at] in ("input", "attention") or away[at] else 0
-        )
         arriving = gate_up if at and away[at - 1] else 0
-        work = weights + n * (2 * i + 2 * h) * s + 2 * x + again + arriving
-        moments.append(sum(map(kept, range(at + 1))) + len(inputs) * x + work)
+        there = sum(map(kept, range(at))) + len(inputs) * x + tails + attention + arriving + 2 * x
+        moments.append(there + weights + gate_up + n * (i + 2 * h) * s)
+        q, kv = sizes.query_columns, sizes.kv_columns  # then attention's: d_output, dq dk dv, [dq | dk | dv], fp32 dq
+        moments.append(there + (q + 2 * kv + q) * h * s + n * (h + q + 2 * (q + 2 * kv)) * s + 4 * n * q)
     return [WORKSPACES + sizes.static - (sizes.embedding if plan.host_embedding else 0) + moment for moment in moments]
 
 
@@ -220,10 +219,12 @@ def test_the_sum_by_hand():
     assert sizes.mlp_products == 10 * 2 * (2 * 8 * 16)
     assert sizes.tails == 10 * 7 * 2 * 2, "rank 2 behind the input of seven linears"
     assert sizes.head(7) == 7 * 50 * 6 + 3 * 160
-    # gate and up with their adapters' columns (36 x 12), down (10 x 18), q k v (16 x 8); rows of 2 x 16 + 2 x 8
-    assert sizes.backward_weights(frugal=False) == 2 * (36 * 12 + 10 * 18 + 16 * 8)
-    assert sizes.backward_weights(frugal=True) == 2 * 36 * 12
-    assert sizes.backward_activations == 2 * 10 * (2 * 16 + 2 * 8) + 2 * 160
+    # gate and up with their adapters' columns (36 x 12), down (10 x 18), q k v (16 x 8); rows of 16 + 2 x 8
+    assert sizes.mlp_backward_weights(frugal=False) == 2 * (36 * 12 + 10 * 18 + 16 * 8)
+    assert sizes.mlp_backward_weights(frugal=True) == 2 * 36 * 12
+    assert sizes.mlp_backward == 2 * 10 * (16 + 2 * 8) + 2 * 160
+    # q k v and o (24 x 8); dq dk dv twice (32), attention's gradient (8) and a row (8); dq in fp32
+    assert sizes.attention_backward == 2 * (16 + 8) * 8 + 10 * ((2 * 16 + 8 + 8) * 2 + 4 * 8) + 2 * 160
     assert sizes.forward == 2 * (10 * 18 + 10 * 18) + sizes.attention + sizes.mlp + 160
     plan = plan_memory(sizes, ENOUGH)
     kept = 2 * (280 + sizes.attention + sizes.mlp)
@@ -261,7 +262,7 @@ def test_described_in_plain_values():
         "layer_inputs_on_host": 31,
         "gate_up_on_host": len(plan.host_gate_up),
         "embedding_on_host": True,
-        "head_rows": 1024,
+        "head_rows": plan.head_rows,
         "frugal": plan.frugal,
         "estimated_bytes": plan.estimate,
     }
