@@ -33,6 +33,20 @@ MOST_KLD = {"f32": 1e-7, "f16": 3e-5, "bf16": 2e-3, "q8_0": 3e-2}
 """Ten times what was measured, or less."""
 
 
+@pytest.fixture(autouse=True)
+def plain_buffers(monkeypatch):
+    """Weights as the file has them: packed for AMX, they make llama.cpp's products crash (ggml-org/llama.cpp#20824)."""
+    bindings = llama_cpp.llama_cpp
+    default = bindings.llama_model_default_params
+
+    def plain():
+        params = default()
+        params.use_extra_bufts = False
+        return params
+
+    monkeypatch.setattr(bindings, "llama_model_default_params", plain)
+
+
 def opened(file):
     return llama_cpp.Llama(
         str(file), n_ctx=128, n_batch=128, n_threads=1, logits_all=True, type_k=0, type_v=0, flash_attn=False,
