@@ -3,8 +3,8 @@
     python benchmarks/inspect_speed.py [--runs 9] [--geometry NAME ...] [--result FILE]
 
 The shards are sparse files with true headers and random biases: nothing else is read, so 145 GB need not exist. A
-tokenizer.json of the real size (151,643 tokens and as many merges) lies beside them, since reading it is much of the
-work.
+tokenizer.json of the real size (151,643 tokens and as many merges) lies beside them with a chat template, since reading
+those is much of the work.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def write_bias_or_skip(slot: Slot, handle: BinaryIO) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json with as many tokens and merges as Qwen2's, and its 22 added tokens."""
+    """tokenizer.json with as many tokens and merges as Qwen2's and its 22 added tokens; the bundled chat template."""
+    shutil.copy(ROOT / "qwen2tool" / "assets" / "tiny-qwen2" / "tokenizer_config.json", folder)
     vocabulary = {f"tok{index:x}": index for index in range(BASE_TOKENS)}
     merges = [["tok", f"{index:x}"] for index in range(BASE_TOKENS - 256)]
     added = [{"id": BASE_TOKENS + i, "content": f"<|added{i}|>", "special": True} for i in range(22)]

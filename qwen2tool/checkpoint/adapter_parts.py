@@ -17,6 +17,7 @@ from qwen2tool.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_FILE, PREFIX, P
 from qwen2tool.checkpoint.folder import INDEX_NAME, SINGLE_NAME
 from qwen2tool.checkpoint.geometry import read_json
 from qwen2tool.checkpoint.header import TensorInfo, read_header
+from qwen2tool.checkpoint.tolerate import Damaged, is_there, tolerate
 from qwen2tool.checkpoint.torch_file import read_torch_file
 from qwen2tool.errors import UserError
 
@@ -63,6 +64,8 @@ class AdapterFiles:
     parts: tuple[Part, ...]
     provenance: dict[str, Any]
     """What our trainer wrote beside it; empty where another tool did."""
+    damaged: Damaged
+    """Files beside it that cannot be read."""
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -93,9 +96,13 @@ def open_parts(path: str | Path) -> AdapterFiles:
             "Copy the adapter again from where it came from",
         )
     tensors = (read_header(file) if file.name == ADAPTER_FILE else read_torch_file(file)).tensors
-    provenance = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).is_file() else {}
+    damaged: Damaged = {}
+    stated = folder / PROVENANCE_FILE
+    provenance = tolerate(read_json, stated, damaged) if is_there(stated) else None
     parts = tuple(_part(info) for info in tensors.values())
-    return AdapterFiles(path=folder, file=file, config=config, parts=parts, provenance=provenance)
+    return AdapterFiles(
+        path=folder, file=file, config=config, parts=parts, provenance=provenance or {}, damaged=damaged
+    )
 
 
 def _part(info: TensorInfo) -> Part:

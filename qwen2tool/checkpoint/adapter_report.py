@@ -132,6 +132,7 @@ def inspect_adapter(path: str | Path, values: bool = False) -> AdapterReport:
         if base is not None and sections["base"]["fingerprint"]:
             sections["base"]["matches"] = fingerprint(base) == sections["base"]["fingerprint"]
     findings = (
+        *(f"{name}: {why}" for name, why in files.damaged.items()),
         *_pair_findings(files, pairs),
         *_cover_findings(sections),
         *_base_findings(files, pairs, base, sections),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2tool.checkpoint.from_shapes import config_from_shapes
-from qwen2tool.checkpoint.geometry import Config, Geometry, geometry, read_config, read_json
+from qwen2tool.checkpoint.geometry import COPY_THE_FILE, Config, Geometry, geometry, read_config, read_json
 from qwen2tool.checkpoint.header import Header, TensorInfo, read_header
 from qwen2tool.checkpoint.torch_file import read_torch_file
 from qwen2tool.errors import UserError
@@ -67,6 +67,8 @@ class Checkpoint:
     """Bytes by shard name, of shards that are not here."""
     unread: Mapping[str, str] = field(default_factory=dict)
     """File name -> why it was not read, of side files that exist."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Key of a GGUF's metadata -> why its text cannot be read, and what to do; a model is read without it at most."""
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +136,7 @@ def _open_folder(path: Path) -> Checkpoint:
         raise UserError(f"{path}: a PEFT adapter, not a whole checkpoint", "Name its base model")
     config = read_config(path)
     if layout is None:
+        _refuse_links_to_nothing(path)
         _refuse_shards_without_index(path)
         raise UserError(
             f"{path}: not a checkpoint (no {SINGLE_NAME}, no {INDEX_NAME}, no .bin, no .gguf)",
@@ -145,7 +148,11 @@ def _open_folder(path: Path) -> Checkpoint:
         tensors = layout.read(path / layout.single).tensors
     else:
         present = {file.name for file in path.iterdir() if file.is_file()}
-        names = shard_names(path, layout, index, present, f"Download it into {path}")
+        try:
+            names = shard_names(path, layout, index, present, f"Download it into {path}")
+        except UserError:
+            _refuse_links_to_nothing(path)
+            raise
         tensors = join(path / layout.index, index, {name: layout.read(path / name) for name in names})
     shards = tuple(path / name for name in names)
     found = {*path.glob("*.safetensors"), *(path.glob("pytorch_model*.bin") if layout is BIN else ())}
@@ -159,6 +166,13 @@ def _open_folder(path: Path) -> Checkpoint:
         format=layout.format,
         index=index,
     )
+
+
+def _refuse_links_to_nothing(path: Path) -> None:
+    """A snapshot of the Hub's cache is links; copied as it is, it looks whole in a listing and holds nothing."""
+    for file in sorted(path.iterdir()):
+        if file.suffix in BY_SUFFIX and file.is_symlink() and not file.exists():
+            raise UserError(f"{file}: a link to a file that is not there", COPY_THE_FILE)
 
 
 def _refuse_shards_without_index(path: Path) -> None:

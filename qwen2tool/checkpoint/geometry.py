@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen2tool.checkpoint.header import refuse_other_downloads
 from qwen2tool.errors import UserError
 
 Config = dict[str, Any]
@@ -22,6 +23,8 @@ MOST_LAYERS = 10_000
 """Beyond any model; a larger number is a damaged file, and counting up to it would never end."""
 MOST_NUMBER = 1e300
 """JSON holds whole numbers that no float does."""
+COPY_THE_FILE = "Copy the file itself here: links into a download cache lead nowhere on another machine"
+AGAIN = "Repair the file or copy it again"
 FULL_CONFIG = "Copy config.json again from where the checkpoint came from"
 QWEN1_KEYS = {
     "n_embd": "hidden_size",
@@ -70,6 +73,8 @@ def read_config(folder: Path) -> Config:
         UserError: there is none, or it is no JSON object.
     """
     file = folder / "config.json"
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{file}: a link to a file that is not there", COPY_THE_FILE)
     if not file.is_file():
         raise UserError(f"{folder}: not a checkpoint (no config.json)", "Name the folder that holds config.json")
     return read_json(file)
@@ -81,13 +86,30 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UserError: it is unreadable, or no object.
     """
+    text = read_text(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({str(error)[:80]})", "Repair the file or copy it again") from None
+        why = str(error)[:80] if text.rstrip().endswith(("}", "]")) else "it ends early" if text else "it is empty"
+        raise UserError(f"{file}: not valid JSON ({why})", AGAIN) from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__}, not an object", "Repair the file or copy it again")
+        kind = type(value).__name__
+        raise UserError(f"{file}: holds {'an' if kind == 'int' else 'a'} {kind}, not an object", AGAIN)
     return value
+
+
+def read_text(file: Path) -> str:
+    """The UTF-8 text in `file`.
+
+    Raises:
+        UserError: it is no such text, or not the file itself.
+    """
+    data = file.read_bytes()
+    refuse_other_downloads(file, data[:16])
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})", AGAIN) from None
 
 
 def geometry(config: Config) -> Geometry:

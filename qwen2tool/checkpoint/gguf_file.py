@@ -84,6 +84,7 @@ def open_gguf(path: str | Path) -> Checkpoint:
         shards=tuple(header.file for header in headers),
         leftovers=(),
         format="gguf",
+        damaged=headers[0].damaged,
     )
 
 

@@ -82,6 +82,8 @@ class GgufHeader:
     file: Path
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
+    damaged: dict[str, str]
+    """Keys whose text is none, and are not in `metadata`: why, and what to do."""
 
 
 def read_gguf_header(file: Path) -> GgufHeader:
@@ -99,11 +101,15 @@ def read_gguf_header(file: Path) -> GgufHeader:
         tensor_count = cursor.count(LEAST_TENSOR, MOST_TENSORS, "tensors", "Q")
         key_count = cursor.count(LEAST_KEY, MOST_KEYS, "metadata entries", "Q")
         metadata: dict[str, Value] = {}
+        damaged: dict[str, str] = {}
         for _ in range(key_count):
             key = cursor.text(MOST_NAME, "a metadata key")
-            if key in metadata:
+            if key in metadata or key in damaged:
                 raise UserError(f"{file}: metadata key {ascii(key)[:80]} is there twice", DAMAGED)
-            metadata[key] = _value(cursor, key)
+            try:
+                metadata[key] = _value(cursor, key)
+            except UnicodeDecodeError as error:  # its length is known, so what follows can be read all the same
+                damaged[key] = f"not UTF-8 text (byte {error.start}); get the file again: it is damaged"
         alignment = _alignment(file, metadata)
         entries = [_entry(cursor) for _ in range(tensor_count)]
         start = _padded(cursor.position, alignment)
@@ -112,7 +118,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
     tensors = {info.name: info for info in sorted(infos, key=lambda info: info.start)}
     if len(tensors) != len(infos):
         raise UserError(f"{file}: holds two tensors of one name", DAMAGED)
-    return GgufHeader(file=file, metadata=metadata, tensors=tensors)
+    return GgufHeader(file=file, metadata=metadata, tensors=tensors, damaged=damaged)
 
 
 @contextmanager
@@ -153,13 +159,18 @@ class _Cursor:
         return value
 
     def text(self, most: int, what: str) -> str:
+        """Of a name, which has to be text."""
+        try:
+            return self.value(most, what)
+        except UnicodeDecodeError:
+            raise UserError(f"{self.file}: {what} is no UTF-8 text", DAMAGED) from None
+
+    def value(self, most: int, what: str) -> str:
+        """Of a metadata entry; where it is no text (UnicodeDecodeError), the position is behind it all the same."""
         length = self.number("Q")
         if length > most:
             raise UserError(f"{self.file}: {what} claims {length} bytes", DAMAGED)
-        try:
-            return self.take(length).decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"{self.file}: {what} is no UTF-8 text", DAMAGED) from None
+        return self.take(length).decode("utf-8")
 
 
 def _check_version(file: Path, version: int) -> None:
@@ -176,7 +187,7 @@ def _value(cursor: _Cursor, key: str) -> Value:
     what = f"metadata {ascii(key)[:80]}"
     kind = cursor.number("I")
     if kind == STRING:
-        return cursor.text(MAX_HEADER_BYTES, what)
+        return cursor.value(MAX_HEADER_BYTES, what)
     if kind == ARRAY:
         return _array(cursor, key, what)
     if kind not in SCALARS:

@@ -52,6 +52,7 @@ def judge(sections: Sections) -> Judgement:
         *_bias_value_findings(sections),
         *_tensor_findings(sections),
         *_config_findings(sections),
+        *(f"{name}: {why}" for name, why in sections["files"]["damaged"].items()),
         *_value_findings(sections),
     ]
     headline = damage or _all_there(sections["biases"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen2tool.checkpoint.biases import bias_name
-from qwen2tool.checkpoint.side_files import TURN_ENDS
+from qwen2tool.checkpoint.side_files import GENERATION, TEMPLATES, TOKENIZERS, TURN_ENDS
 from qwen2tool.console import format_bytes, format_number
 
 Sections = dict[str, Any]
@@ -117,11 +117,12 @@ def _text_notes(sections: Sections) -> Iterator[str]:
         yield "the biases' numbers were not read, so zero biases and the attention hazard would not be seen"
     for name, reason in unread.items():
         yield f"{name} was not read: {reason}"
-    if sections["tokenizer"] is None and not unread:
+    damaged = sections["files"]["damaged"]
+    if sections["tokenizer"] is None and not any(name in unread | damaged for name in TOKENIZERS):
         yield "there is no tokenizer"
-    elif sections["chat_template"] is None:
+    elif sections["chat_template"] is None and not any(name in damaged for name in TEMPLATES):
         yield "there is no chat template"
-    if not generation["file"] and sections["files"]["format"] != "gguf":
+    if not generation["file"] and GENERATION not in damaged and sections["files"]["format"] != "gguf":
         yield "there is no generation_config.json"
     stops = {stop["id"] for stop in generation["stops_at"]}
     if sections["chat_template"] and generation["end_of_turn_id"] not in stops | {None}:

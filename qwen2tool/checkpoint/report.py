@@ -24,9 +24,11 @@ from qwen2tool.checkpoint import facts
 from qwen2tool.checkpoint.biases import bias_name, read_biases, stats_by_layer
 from qwen2tool.checkpoint.folder import HUB_ID, Checkpoint, open_checkpoint
 from qwen2tool.checkpoint.hazard import hazard_section
+from qwen2tool.checkpoint.header import TensorInfo
 from qwen2tool.checkpoint.inventory import QKV, take_inventory
 from qwen2tool.checkpoint.judge import Judgement, judge
 from qwen2tool.checkpoint.needs import memory_section
+from qwen2tool.checkpoint.raw import differ_somewhere
 from qwen2tool.checkpoint.side_files import side_sections
 from qwen2tool.errors import EXIT_FINDING, UserError
 
@@ -106,6 +108,9 @@ def inspect_checkpoint(path: str | Path, values: bool = False, revision: str | N
         )
     numbers = read_biases(checkpoint)
     sections = _sections(checkpoint, numbers)
+    tables = _tied_tables(checkpoint)
+    if tables is not None and differ_somewhere(*tables):
+        sections["head"]["lm_head"] = "different"
     if values:
         _add_values(checkpoint, sections)
     return Report(checkpoint=checkpoint, judgement=judge(sections), sections=sections, numbers=numbers)
@@ -137,17 +142,19 @@ def _sections(checkpoint: Checkpoint, numbers: Vectors | None) -> dict[str, Any]
             "not_finite": [name for name, s in named if s.nan or s.inf],
         }
     parameters = facts.parameters_section(checkpoint)
+    damaged = dict(checkpoint.damaged)
+    side = side_sections(checkpoint, damaged)
     return {
         "geometry": facts.geometry_section(checkpoint),
         "config": facts.config_section(checkpoint),
         "parameters": parameters,
         "tensors": facts.tensors_section(checkpoint, found),
-        "files": facts.files_section(checkpoint),
+        "files": facts.files_section(checkpoint) | {"damaged": damaged},
         "rope": facts.rope_section(checkpoint),
         "sliding": facts.sliding_section(checkpoint),
         "head": facts.head_section(checkpoint),
         "quantization": facts.quantization_section(checkpoint),
-        **side_sections(checkpoint),
+        **side,
         "biases": biases,
         "hazard": hazard_section(checkpoint.geometry, numbers),
         "memory": memory_section(checkpoint.geometry, parameters["total"], checkpoint.nbytes),
@@ -157,11 +164,19 @@ def _sections(checkpoint: Checkpoint, numbers: Vectors | None) -> dict[str, Any]
 
 def _add_values(checkpoint: Checkpoint, sections: dict[str, Any]) -> None:
     """Reads the tensors: fills `values`, and says of a tied head's copy whether it is one."""
-    from qwen2tool.checkpoint.reader import same_data
     from qwen2tool.checkpoint.values import measure, summarise
 
     sections["values"] = summarise(checkpoint, measure(checkpoint))
-    head = checkpoint.tensors.get("lm_head.weight")
-    table = checkpoint.tensors.get("model.embed_tokens.weight")
-    if checkpoint.geometry.tie_word_embeddings and head is not None and table is not None:
-        sections["head"]["lm_head"] = "equal" if same_data(head, table) else "different"
+    tables = _tied_tables(checkpoint)
+    if tables is not None and sections["head"]["lm_head"] != "different":
+        from qwen2tool.checkpoint.reader import same_data
+
+        sections["head"]["lm_head"] = "equal" if same_data(*tables) else "different"
+
+
+def _tied_tables(checkpoint: Checkpoint) -> tuple[TensorInfo, TensorInfo] | None:
+    """Head and embedding of a tied model that stores both here."""
+    head, table = (checkpoint.tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if checkpoint.geometry.tie_word_embeddings and checkpoint.commit is None and head and table:
+        return head, table
+    return None

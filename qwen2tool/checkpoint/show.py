@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint.biases import bias_name
 from qwen2tool.checkpoint.inventory import QKV
+from qwen2tool.checkpoint.side_files import GENERATION, TEMPLATES, TOKENIZERS
 from qwen2tool.console import format_bytes, format_number, format_ranges, print_table, say
 
 if TYPE_CHECKING:
@@ -61,9 +62,11 @@ def _facts(sections: Sections) -> Iterator[tuple[str, str]]:
     yield "tensors", ", ".join(f"{entry['tensors']} of {name}" for name, entry in dtypes.items())
     yield "files", _files(sections["files"])
     yield "quantisation", _quantization(sections["quantization"])
-    yield "tokenizer", _tokenizer(sections["tokenizer"])
-    yield "chat template", sections["chat_template"] or "none"
-    yield "generation", _generation(sections["generation"])
+    files = sections["files"]
+    absent = dict.fromkeys(files["damaged"], "damaged") | dict.fromkeys(files["unread"], "not read")
+    yield "tokenizer", _tokenizer(sections["tokenizer"]) or _first(absent, TOKENIZERS)
+    yield "chat template", sections["chat_template"] or _first(absent, TEMPLATES)
+    yield "generation", _generation(sections["generation"], files)
 
 
 def _attention(shape: Sections) -> str:
@@ -127,21 +130,27 @@ def _quantization(quantization: Sections) -> str:
     return f"{config.get('quant_method', 'unnamed method')} by config.json, {evidence or 'no packed tensor'}"
 
 
+def _first(absent: dict[str, str], names: tuple[str, ...]) -> str:
+    """Why the first of `names` that is there tells nothing, or that there is none of them."""
+    return next((f"{absent[name]} ({name})" for name in names if name in absent), "none")
+
+
 def _tokenizer(tokens: Sections | None) -> str:
     if tokens is None:
-        return "none"
+        return ""
     rows = f"highest id {tokens['rows_needed'] - 1:,}, {tokens['vocabulary_rows']:,} rows"
     return f"{tokens['count']:,} tokens ({tokens['file']}), {rows}"
 
 
-def _generation(generation: Sections) -> str:
+def _generation(generation: Sections, files: Sections) -> str:
     stops = ", ".join(
         str(stop["id"]) if stop["token"] is None else f"{stop['token']} ({stop['id']})"
         for stop in generation["stops_at"]
     )
     kind = {"instruct": ", as instruct models do", "base": ", as base models do", None: ""}[generation["kind"]]
+    without = f"; {GENERATION} is damaged" if GENERATION in files["damaged"] else f"; no {GENERATION}"
     return (f"stops at {stops}{kind}" if stops else "no end token") + (
-        "" if generation["file"] else "; no generation_config.json"
+        "" if generation["file"] or files["format"] == "gguf" else without
     )
 
 

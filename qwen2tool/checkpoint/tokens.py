@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen2tool.checkpoint.geometry import read_json
+from qwen2tool.checkpoint.geometry import read_json, read_text
+from qwen2tool.checkpoint.tolerate import Damaged, is_there, tolerate
 from qwen2tool.errors import UserError
 
 VOCABULARY = re.compile(r'"vocab"\s*:\s*(?=[{\[])')
 ADDED = re.compile(r'"added_tokens"\s*:\s*(?=\[)')
+ID = re.compile("[0-9]{1,18}")
 REMEDY = "Copy the tokenizer files again from where the checkpoint came from"
 
 
@@ -32,41 +34,58 @@ class Vocabulary:
     ids: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
 
 
-def read_vocabulary(folder: Path) -> Vocabulary | None:
+def read_vocabulary(folder: Path, damaged: Damaged | None = None) -> Vocabulary | None:
     """The vocabulary of the tokenizer in `folder`, or None where there is no tokenizer.json and no vocab.json.
 
+    With `damaged`, a file that cannot be read is noted there: None where its ids are missed, else those of the others.
+
     Raises:
-        UserError: a tokenizer file is damaged or holds no ids.
+        UserError: a tokenizer file is damaged or holds no ids, and `damaged` is None.
     """
-    whole, plain = folder / "tokenizer.json", folder / "vocab.json"
-    if whole.is_file():
-        ids = _from_tokenizer_json(whole)
-    elif plain.is_file():
-        ids = {str(token): index for token, index in read_json(plain).items()}
-        if (folder / "added_tokens.json").is_file():
-            ids |= read_json(folder / "added_tokens.json")
+    whole, plain, added = (folder / name for name in ("tokenizer.json", "vocab.json", "added_tokens.json"))
+    later = tolerate(_from_tokenizer_config, folder / "tokenizer_config.json", damaged)
+    if is_there(whole):
+        file, parts = whole, [tolerate(_from_tokenizer_json, whole, damaged)]
+    elif is_there(plain):
+        file, parts = plain, [tolerate(_from_vocab_json, plain, damaged), tolerate(_from_added, added, damaged)]
     else:
         return None
-    ids |= _from_tokenizer_config(folder / "tokenizer_config.json")
-    file = whole if whole.is_file() else plain
-    if not ids or not all(type(index) is int and index >= 0 for index in ids.values()):
-        raise UserError(f"{file}: holds no vocabulary of token ids", REMEDY)
+    ids: dict[str, int] = {}
+    for part in parts:
+        if part is None:
+            return None
+        ids |= part
+    ids |= later or {}
     return Vocabulary(file=file.name, count=len(ids), rows=max(ids.values()) + 1, ids=ids)
 
 
-def _from_tokenizer_json(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})", REMEDY) from None
+def _from_vocab_json(file: Path) -> dict[str, int]:
+    return _ids(file, read_json(file))
+
+
+def _from_added(file: Path) -> dict[str, int]:
+    return _ids(file, read_json(file), least=0) if file.is_file() else {}
+
+
+def _ids(file: Path, found: dict[str, Any], least: int = 1) -> dict[str, int]:
+    if len(found) < least or not all(type(index) is int and index >= 0 for index in found.values()):
+        raise UserError(f"{file}: holds no vocabulary of token ids", REMEDY)
+    return found
+
+
+def _from_tokenizer_json(file: Path) -> dict[str, int]:
+    text = read_text(file)
     if not text.rstrip().endswith("}"):
-        raise UserError(f"{file}: ends early", REMEDY)
+        why = "ends early" if text.lstrip().startswith("{") else "no JSON object" if text else "empty"
+        raise UserError(f"{file}: {why}", REMEDY)
     vocabulary, added = _value_after(VOCABULARY, text, file), _value_after(ADDED, text, file)
+    if not vocabulary:
+        raise UserError(f"{file}: holds no vocabulary", REMEDY)
     if isinstance(vocabulary, Mapping):
         ids = dict(vocabulary)
     else:  # Unigram lists [token, score] pairs; the id is the position
         ids = {str(entry): index for index, entry in enumerate(vocabulary)}
-    return ids | {str(entry["content"]): entry["id"] for entry in _records(added)}
+    return _ids(file, ids | {str(entry["content"]): entry["id"] for entry in _records(added)})
 
 
 def _value_after(key: re.Pattern[str], text: str, file: Path) -> Any:
@@ -79,14 +98,16 @@ def _value_after(key: re.Pattern[str], text: str, file: Path) -> Any:
         raise UserError(f"{file}: not valid JSON ({str(error)[:80]})", REMEDY) from None
 
 
-def _from_tokenizer_config(file: Path) -> dict[str, Any]:
+def _from_tokenizer_config(file: Path) -> dict[str, int]:
     decoder = read_json(file).get("added_tokens_decoder") if file.is_file() else None
-    if not isinstance(decoder, dict):
+    if decoder is None:
         return {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{file}: added_tokens_decoder is no object", REMEDY)
     return {
         str(entry["content"]): int(index)
         for index, entry in decoder.items()
-        if index.isdigit() and isinstance(entry, dict) and "content" in entry
+        if ID.fullmatch(index) and isinstance(entry, dict) and "content" in entry
     }
 
 

@@ -6,10 +6,13 @@ download. Costs one pass over the files in pieces of 1 MB; nothing larger is eve
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import fsum, isfinite, sqrt
+from functools import cache
+from math import hypot, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint.folder import Checkpoint
@@ -18,7 +21,10 @@ from qwen2tool.console import Advance, progress
 from qwen2tool.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import numpy.typing as npt
+
+    Numbers = npt.NDArray[np.floating]
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Packed weights of quantised formats are integers, whose norms mean nothing."""
@@ -26,6 +32,7 @@ FP16_MAX = 65504.0
 SAFE_TO_SQUARE = 1e15
 """Sums of squares of larger numbers can leave fp32's range."""
 BLOCK_BYTES = 1 << 20
+AT_ONCE = min(4, os.cpu_count() or 1)
 RUN = 1024
 WORST = 5
 
@@ -62,40 +69,64 @@ class Stats:
 def measure(checkpoint: Checkpoint) -> dict[str, Stats]:
     """Name -> statistics of every floating-point tensor, with a progress bar in bytes.
 
+    A few tensors at a time, each on one core: threads that share one block wait for each other at its end, on a busy
+    machine nine tenths of the time.
+
     Raises:
         UserError: a file ends inside a tensor.
     """
     infos = [info for info in checkpoint.tensors.values() if info.dtype in FLOATS]
-    with progress("reading", sum(info.nbytes for info in infos)) as advance:
-        return {info.name: measure_tensor(info, advance) for info in infos}
+    with progress("reading", sum(info.nbytes for info in infos)) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            found = pool.map(lambda info: measure_tensor(info, advance), infos)
+            return {info.name: stats for info, stats in zip(infos, found, strict=True)}
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def measure_tensor(info: TensorInfo, advance: Advance | None = None) -> Stats:
-    """The statistics of one tensor, accumulated over blocks that stay in a processor's cache.
-
-    Extremes and zeros by numpy, which is three times faster at them than torch on one core.
-    """
+    """The statistics of one tensor, accumulated over blocks that stay in a processor's cache; by numpy, on one core."""
     import numpy as np
+
+    norms, largest, zeros, nan, inf = [0.0], 0.0, 0, 0, 0
+    for block in _blocks(info):
+        x = _numbers(block, info.dtype)
+        top = _largest(x)
+        if not isfinite(top):
+            nan += int(np.isnan(x).sum())
+            inf += int(np.isinf(x).sum())
+            x = x[np.isfinite(x)]
+            top = _largest(x)
+        zeros += int(np.count_nonzero(x == 0))
+        norms.append(_norm(x, top))
+        largest = max(largest, top)
+        if advance is not None:
+            advance(len(block))
+    return Stats(numel=info.numel, l2=hypot(*norms), max_abs=largest, zeros=zeros, nan=nan, inf=inf)
+
+
+def _numbers(block: memoryview, dtype: str) -> Numbers:
+    """The numbers in a block, in fp32 or wider."""
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        x: Numbers = np.left_shift(np.frombuffer(block, "<u2"), 16, dtype="<u4", casting="unsafe").view("<f4")
+    elif dtype.startswith("F8"):
+        x = _eight_bits(dtype)[np.frombuffer(block, np.uint8)]
+    else:
+        x = np.frombuffer(block, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+    return x.astype(np.float32) if dtype == "F16" else x
+
+
+@cache
+def _eight_bits(dtype: str) -> Numbers:
+    """The number of each of the 256 codes, which torch knows and numpy does not."""
     import torch
 
     from qwen2tool.checkpoint.reader import TORCH_DTYPE
 
-    squares, largest, zeros, nan, inf = [0.0], 0.0, 0, 0, 0
-    for block in _blocks(info):
-        x = torch.frombuffer(block, dtype=TORCH_DTYPE[info.dtype])
-        x = x if info.dtype == "F64" else x.float()
-        top = _largest(x)
-        if not isfinite(top):
-            nan += int(x.isnan().sum())
-            inf += int(x.isinf().sum())
-            x = x[x.isfinite()]
-            top = _largest(x)
-        zeros += int(np.count_nonzero(x.numpy() == 0))
-        squares.append(_sum_of_squares(x, top))
-        largest = max(largest, top)
-        if advance is not None:
-            advance(len(block))
-    return Stats(numel=info.numel, l2=sqrt(fsum(squares)), max_abs=largest, zeros=zeros, nan=nan, inf=inf)
+    codes: Numbers = torch.arange(256, dtype=torch.uint8).view(TORCH_DTYPE[dtype]).float().numpy()
+    return codes
 
 
 def _blocks(info: TensorInfo) -> Iterator[memoryview]:
@@ -115,23 +146,21 @@ def _blocks(info: TensorInfo) -> Iterator[memoryview]:
             yield block
 
 
-def _largest(x: torch.Tensor) -> float:
+def _largest(x: Numbers) -> float:
     """Largest magnitude; NaN where there is any."""
-    if x.numel() == 0:
-        return 0.0
-    numbers = x.numpy()
-    return max(abs(float(numbers.min())), abs(float(numbers.max())))
+    return max(abs(float(x.min())), abs(float(x.max()))) if x.size else 0.0
 
 
-def _sum_of_squares(x: torch.Tensor, top: float) -> float:
+def _norm(x: Numbers, top: float) -> float:
     """In fp32 over runs of 1024, in double across them: right to 1e-7, where fp32 alone loses 2e-4 in 8 M numbers."""
-    import torch
+    import numpy as np
 
     if top > SAFE_TO_SQUARE:
-        return float(x.double().square().sum())
-    whole = x.numel() - x.numel() % RUN
-    runs = torch.linalg.vector_norm(x[:whole].view(-1, RUN), dim=1)
-    return float(runs.double().square().sum() + x[whole:].double().square().sum())
+        return top * float(np.linalg.norm(x.astype(np.float64) / top))
+    whole = x.size - x.size % RUN
+    runs = x[:whole].reshape(-1, RUN)
+    rest = np.square(x[whole:], dtype=np.float64).sum()
+    return sqrt(np.einsum("ij,ij->i", runs, runs).sum(dtype=np.float64) + rest)
 
 
 def summarise(checkpoint: Checkpoint, stats: Mapping[str, Stats]) -> dict[str, Any]:
@@ -154,7 +183,7 @@ def _total(stats: Iterable[Stats]) -> Stats:
     every = list(stats)
     return Stats(
         numel=sum(s.numel for s in every),
-        l2=sqrt(fsum(s.l2**2 for s in every)),
+        l2=hypot(*(s.l2 for s in every)),
         max_abs=max((s.max_abs for s in every), default=0.0),
         zeros=sum(s.zeros for s in every),
         nan=sum(s.nan for s in every),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2tool.checkpoint.folder import Checkpoint
 from qwen2tool.checkpoint.geometry import expected_tensors, geometry
-from qwen2tool.checkpoint.header import ITEM_BYTES, TensorInfo
+from qwen2tool.checkpoint.header import DAMAGED, ITEM_BYTES, TensorInfo
 from qwen2tool.checkpoint.view import AnyTensor, Derived, View, read
 from qwen2tool.convert.gguf_pack import unpack_q8_0
 from qwen2tool.errors import UserError
@@ -50,10 +50,12 @@ def view_of_gguf(checkpoint: Checkpoint, *, tie_head: bool = False) -> View:
             bits for both; a few rows of each are read to make sure.
 
     Raises:
-        UserError: a block type that the `gguf` package does not dequantise, a tensor that changes RoPE, or, with
-            `tie_head`, two tables that are not one.
+        UserError: metadata that is no text, a block type that the `gguf` package does not dequantise, a tensor that
+            changes RoPE, or, with `tie_head`, two tables that are not one.
     """
     shape, tensors = checkpoint.geometry, dict(checkpoint.tensors)
+    for key, why in checkpoint.damaged.items():
+        raise UserError(f"{checkpoint.path}: {key}: {why.partition('; ')[0]}", DAMAGED)
     if "rope_freqs.weight" in tensors:
         raise UserError(
             f"{checkpoint.path}: rope_freqs.weight scales RoPE by frequency (Llama 3), which Qwen2 cannot say",

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen2tool.checkpoint.geometry import Config, read_json
+from qwen2tool.checkpoint.geometry import Config, read_json, read_text
+from qwen2tool.checkpoint.templates import check_templates
 from qwen2tool.convert.gguf_vocab import (
     GENERATION_CONFIG,
     QWEN2_SPLIT,
@@ -154,10 +155,11 @@ def _templates(folder: Path, settings: Json) -> dict[str, str]:
     """Chat templates by name; the file wins over tokenizer_config.json, as in transformers."""
     stored = settings.get("chat_template")
     named = stored if isinstance(stored, list) else [{"name": "default", "template": stored}] if stored else []
+    check_templates(folder / "tokenizer_config.json", named)
     found = {str(entry["name"]): str(entry["template"]) for entry in named}
     alone = folder / "chat_template.jinja"
     if alone.is_file():
-        found["default"] = alone.read_text(encoding="utf-8")
+        found["default"] = read_text(alone)
     return found
 
 

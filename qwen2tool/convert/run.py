@@ -12,12 +12,14 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen2tool import __version__
 from qwen2tool.checkpoint.folder import Checkpoint
+from qwen2tool.checkpoint.side_files import damaged_side_files
 from qwen2tool.checkpoint.view import View
 from qwen2tool.checkpoint.writer import (
     atomic_folder,
@@ -110,10 +112,9 @@ def convert(
     if options.to != "gguf":
         require_free(out, overwrite)
     view, original, restored = _open(source, biases_from, revision, options)
-    warning = zero_bias_warning(view)
-    if warning:
+    warnings = tuple(_warnings(view))
+    for warning in warnings:
         remark(f"warning: {warning}")
-    warnings = (warning,) if warning else ()
     if options.to == "gguf":
         from qwen2tool.convert.to_gguf import require_no_part, write_gguf_file
 
@@ -132,6 +133,15 @@ def convert(
     return report_of(
         out, view, job, manifest, side_files, nbytes, restored, seconds, warnings, resumed_shards=store.resumed
     )
+
+
+def _warnings(view: View) -> Iterator[str]:
+    """What is wrong with the source and no reason to refuse it."""
+    if zero := zero_bias_warning(view):
+        yield zero
+    if view.origin.format != "gguf":
+        for name, why in damaged_side_files(view.origin).items():
+            yield f"{view.origin.folder / name}: {why}; the conversion goes on and repairs nothing of it"
 
 
 def _open(

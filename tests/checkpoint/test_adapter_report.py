@@ -217,6 +217,17 @@ def test_what_cannot_be_inspected(base_folder, copy):
         inspect_adapter(copy)
 
 
+def test_a_damaged_record_of_our_trainer_hides_nothing(copy):
+    whole = inspect_adapter(copy)
+    assert whole.exit_code == 0
+    (copy / "qwen2tool.json").write_bytes(b"{")
+    report = inspect_adapter(copy)
+    assert (report.verdict, report.exit_code, report.sections["targets"]) == (
+        whole.verdict, 1, whole.sections["targets"]
+    )  # fmt: skip
+    assert report.findings == ("qwen2tool.json: not valid JSON (it ends early); repair the file or copy it again",)
+
+
 WEIRD = (
     None,
     True,

@@ -251,6 +251,22 @@ def test_a_path_has_no_revision(base_folder):
         open_checkpoint(base_folder, revision="main")
 
 
+def test_links_that_lead_nowhere_are_named(base_copy):
+    """What copying a snapshot of the Hub's cache without its blobs leaves."""
+    (base_copy / "training_args.bin").symlink_to(base_copy / "blobs" / "0")
+    assert open_checkpoint(base_copy).tensors, "nothing that the checkpoint is made of"
+    for name in (FIRST, "config.json"):
+        shutil.move(base_copy / name, base_copy / f"{name}.away")
+        (base_copy / name).symlink_to(base_copy / "blobs" / "1")
+        refused(base_copy, f"{name}: a link to a file that is not there" if name != FIRST else "a link to a file")
+    for file in base_copy.glob("*.safetensors*"):
+        file.unlink()
+    (base_copy / "config.json").unlink()
+    shutil.move(base_copy / "config.json.away", base_copy / "config.json")
+    (base_copy / "model.safetensors").symlink_to(base_copy / "blobs" / "2")
+    refused(base_copy, r"model\.safetensors: a link to a file that is not there")
+
+
 def test_shards_without_their_index_are_an_unfinished_download(base_copy):
     (base_copy / INDEX).unlink()
     refused(base_copy, f"holds {FIRST}, but no {INDEX}")

@@ -186,10 +186,14 @@ def test_missing_key_is_named(key):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"not a checkpoint .no config\.json."):
         read_config(tmp_path)
-    for text, words in (("{", "not valid JSON"), ("[]", "a list, not an object"), ("[" * 100_000, "not valid JSON")):
+    for text, words in (
+        ("{", "it ends early"), ("{]", "Expecting property name"), ("", "it is empty"),
+        ("<!DOCTYPE html>", "a web page"), ("[]", "a list, not an object"), ("5", "an int, not an object"),
+        ("[" * 100_000, "not valid JSON"),
+    ):  # fmt: skip
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=words):
             read_config(tmp_path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match=r"not UTF-8 text .byte 0."):
         read_json(tmp_path / "config.json")

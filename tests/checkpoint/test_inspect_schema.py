@@ -99,6 +99,7 @@ def reports(tmp_path_factory) -> list[Any]:
     put(damaged, "model.norm.weight", torch.full((63,), float("nan")))
     put(damaged, "model.layers.2.self_attn.v_proj.bias", torch.full((32,), float("inf")))
     (damaged / "consolidated.safetensors").write_bytes(b"")
+    (damaged / "generation_config.json").write_bytes(b"")
     rope = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
     slides = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1, "layer_types": None}
     edit_config(damaged, rope_theta=1e6, rope_parameters=rope, **slides)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen2tool.checkpoint import values
+from qwen2tool.checkpoint import raw, values
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.header import read_header
 from qwen2tool.checkpoint.report import inspect_checkpoint
@@ -155,4 +155,21 @@ def test_a_tied_head_stored_twice(tmp_path):
     put(folder, "lm_head.weight", table)
     report = inspect_checkpoint(folder, values=True)
     assert report.to_json()["head"]["lm_head"] == "different" and "head is tied" in report.findings[0]
-    assert inspect_checkpoint(folder).exit_code == 0, "headers alone cannot see it"
+
+
+def test_a_tied_head_that_was_trained_apart_shows_without_values(tmp_path, monkeypatch):
+    """A hundred places are looked at; a difference in one entry elsewhere takes --values."""
+    monkeypatch.setattr(raw, "PLACE_BYTES", 4)
+    folder = write_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    table = load_state(folder)[EMBEDDING]
+    put(folder, "lm_head.weight", table.clone())
+    assert inspect_checkpoint(folder).sections["head"]["lm_head"] == "present"
+    for change in (table * 1.01, torch.cat([table[:-1], table[:1]]), table[:-1].clone(), table.float()):
+        put(folder, "lm_head.weight", change)
+        report = inspect_checkpoint(folder)
+        assert (report.sections["head"]["lm_head"], report.exit_code) == ("different", 1)
+        assert any("the head is tied, but lm_head.weight differs" in finding for finding in report.findings)
+    table[1, 0] += 1
+    put(folder, "lm_head.weight", table)
+    states = [inspect_checkpoint(folder, values=values).sections["head"]["lm_head"] for values in (False, True)]
+    assert states == ["present", "different"]

@@ -8,7 +8,7 @@ import pytest
 
 from qwen2tool.commands.convert import _bytes
 from qwen2tool.errors import UserError
-from tests.checkpoint.edits import drop, rewrite
+from tests.checkpoint.edits import drop, edit_json, rewrite
 from tests.cli_runner import run
 from tests.convert.common import hashes
 
@@ -75,6 +75,30 @@ def test_zero_biases_are_warned_of(base_copy, base_folder, tmp_path, to):
     healed = run("convert", base_copy, tmp_path / f"healed.{to}", "--to", to, "--biases-from", base_folder)
     sound = run("convert", base_folder, tmp_path / f"sound.{to}", "--to", to, "--json")
     assert healed.code == 0 and "warning" not in healed.err + sound.err and json.loads(sound.out)["warnings"] == []
+
+
+def test_damaged_files_beside_the_weights_are_warned_of(base_copy, tmp_path):
+    """The weights are converted, the file is copied byte for byte, and nobody has to find out when a chat fails."""
+    data = (base_copy / "tokenizer.json").read_bytes()
+    (base_copy / "tokenizer.json").write_bytes(data[:1000])
+    (base_copy / "chat_template.jinja").write_text("{% for m in messages %}")
+    outcome = run("convert", base_copy, tmp_path / "out", "--to", "llama", "--json")
+    first, second = json.loads(outcome.out)["warnings"]
+    assert outcome.code == 0 and outcome.err.count("warning: ") == 2
+    assert "tokenizer.json: ends early" in first
+    assert "chat_template.jinja: the chat template is no valid one (line 1: Unexpected end of template)" in second
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == data[:1000]
+    refused = run("convert", base_copy, tmp_path / "out.gguf", "--to", "gguf")
+    assert refused.code == 2 and "tokenizer.json: not valid JSON (it ends early)" in refused.err
+    (base_copy / "tokenizer.json").write_bytes(data)
+    (base_copy / "chat_template.jinja").write_bytes(b"\xff")
+    refused = run("convert", base_copy, tmp_path / "out.gguf", "--to", "gguf")
+    assert refused.code == 2 and "chat_template.jinja: not UTF-8 text" in refused.err
+    (base_copy / "chat_template.jinja").unlink()
+    assert "warning" not in run("convert", base_copy, tmp_path / "sound.gguf", "--to", "gguf").err
+    edit_json(base_copy / "tokenizer_config.json", lambda settings: settings.update(chat_template=[5]))
+    refused = run("convert", base_copy, tmp_path / "out.gguf", "--to", "gguf")
+    assert refused.code == 2 and "tokenizer_config.json: chat_template is a list of other things" in refused.err
 
 
 @pytest.mark.parametrize(("text", "count"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), ("100kB", 100_000), ("7", 7)])
