@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import prod
 from typing import BinaryIO
 
 import torch
@@ -62,23 +63,32 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(data, dtype=TORCH_DTYPE[info.dtype]).view(info.shape)
 
 
-def row_blocks(info: TensorInfo, max_elements: int) -> Iterator[tuple[slice, TensorInfo]]:
-    """A matrix as consecutive blocks of whole rows, of about equal height and at most `max_elements` each.
+def row_slices(shape: tuple[int, ...], max_elements: int) -> list[slice]:
+    """A matrix's rows as consecutive blocks of about equal height and at most `max_elements` numbers each.
 
-    Yields the rows and a `TensorInfo` of just them, so that a matrix can be worked on without being in memory whole.
     No block has fewer than `MIN_ROWS` rows, whatever its size: BLAS sums in another order for a handful of rows, and
     the product of a block would no longer be the block of the product. A tensor of another rank is one block.
     """
-    if len(info.shape) != 2 or info.numel == 0:
-        yield slice(None), info
-        return
-    height, width = info.shape
-    count = max(1, min(-(-info.numel // max_elements), height // MIN_ROWS))
-    row_bytes = width * ITEM_BYTES[info.dtype]
-    for block in range(count):
-        first, last = height * block // count, height * (block + 1) // count
-        start, end = info.start + first * row_bytes, info.start + last * row_bytes
-        yield slice(first, last), replace(info, shape=(last - first, width), start=start, end=end)
+    if len(shape) != 2 or 0 in shape:
+        return [slice(None)]
+    height, width = shape
+    count = max(1, min(-(-height * width // max_elements), height // MIN_ROWS))
+    return [slice(height * block // count, height * (block + 1) // count) for block in range(count)]
+
+
+def row_blocks(info: TensorInfo, max_elements: int) -> Iterator[tuple[slice, TensorInfo]]:
+    """`row_slices` of a stored matrix with a `TensorInfo` of just those rows, to be worked on one after the other."""
+    for rows in row_slices(info.shape, max_elements):
+        yield rows, rows_of(info, rows)
+
+
+def rows_of(info: TensorInfo, rows: slice) -> TensorInfo:
+    """Just those rows of a stored tensor."""
+    if rows == slice(None):
+        return info
+    row_bytes = prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
+    shape = (rows.stop - rows.start, *info.shape[1:])
+    return replace(info, shape=shape, start=info.start + rows.start * row_bytes, end=info.start + rows.stop * row_bytes)
 
 
 def same_data(one: TensorInfo, other: TensorInfo) -> bool:

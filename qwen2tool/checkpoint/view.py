@@ -7,7 +7,7 @@ time, so a view of a 72B costs its headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ class Derived:
     """A tensor that is computed from stored ones: dequantised, split, permuted, or a sum.
 
     `dtype` (safetensors' name) and `shape` are those of what `compute` returns: a contiguous CPU tensor. `sources` are
-    the stored tensors that it reads.
+    the stored tensors that it reads. `rows` computes only those rows (a slice with both ends), where that can be.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Derived:
     shape: tuple[int, ...]
     sources: tuple[TensorInfo, ...]
     compute: Callable[[], torch.Tensor]
+    rows: Callable[[slice], torch.Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -84,6 +85,23 @@ def read(tensor: AnyTensor) -> torch.Tensor:
     from qwen2tool.checkpoint.reader import read_tensor
 
     return read_tensor(tensor)
+
+
+def read_blocks(tensor: AnyTensor, max_elements: int) -> Iterator[torch.Tensor]:
+    """The numbers of a tensor, block by block as `reader.row_slices` cuts it: one block of it in memory at a time.
+
+    Of what can only be computed whole, all is.
+    """
+    from qwen2tool.checkpoint.reader import read_tensor, row_slices, rows_of
+
+    slices = row_slices(tensor.shape, max_elements)
+    if isinstance(tensor, TensorInfo):
+        yield from (read_tensor(rows_of(tensor, rows)) for rows in slices)
+    elif tensor.rows is None or len(slices) == 1:
+        whole = read(tensor)
+        yield from (whole[rows] for rows in slices)
+    else:
+        yield from map(tensor.rows, slices)
 
 
 def plain_view(checkpoint: Checkpoint) -> View:

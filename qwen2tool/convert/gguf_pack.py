@@ -7,14 +7,12 @@ of 32 numbers x is one scale d = max|x| / 127, stored in fp16, and round(x / d) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, BinaryIO
 
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import row_blocks
-from qwen2tool.checkpoint.view import AnyTensor, read
+from qwen2tool.checkpoint.view import AnyTensor, read_blocks
 from qwen2tool.convert.store import HashingFile, copy_stored
 from qwen2tool.errors import UserError
 
@@ -51,19 +49,8 @@ def write_data(planned: Planned, handle: BinaryIO | HashingFile) -> None:
     if isinstance(tensor, TensorInfo) and tensor.dtype == planned.kind:
         copy_stored(tensor, handle)
         return
-    for rows in _row_blocks(tensor):
+    for rows in read_blocks(tensor, BLOCK_ELEMENTS):
         _write_rows(planned, rows, handle)
-
-
-def _row_blocks(tensor: AnyTensor) -> Iterator[torch.Tensor]:
-    if isinstance(tensor, TensorInfo):
-        for _, info in row_blocks(tensor, BLOCK_ELEMENTS):
-            yield read(info)
-        return
-    whole = read(tensor)
-    step = max(1, BLOCK_ELEMENTS // max(1, whole[0].numel()))
-    for first in range(0, len(whole), step):
-        yield whole[first : first + step]
 
 
 def _write_rows(planned: Planned, rows: torch.Tensor, handle: BinaryIO | HashingFile) -> None:

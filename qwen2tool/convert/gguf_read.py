@@ -107,7 +107,10 @@ def _plain(info: TensorInfo) -> AnyTensor:
     if info.dtype in ITEM_BYTES:
         return info
     _require_dequantiser(info)
-    return Derived(name=info.name, dtype="F32", shape=info.shape, sources=(info,), compute=lambda: dequantised(info))
+    return Derived(
+        name=info.name, dtype="F32", shape=info.shape, sources=(info,), compute=lambda: dequantised(info),
+        rows=lambda rows: _rows(info, rows.start, rows.stop),
+    )  # fmt: skip
 
 
 def _require_dequantiser(info: TensorInfo) -> None:

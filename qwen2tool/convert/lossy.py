@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from math import exp
@@ -22,9 +21,7 @@ from typing import Any
 import torch
 from torch.nn.functional import rms_norm
 
-from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.reader import row_blocks
-from qwen2tool.checkpoint.view import AnyTensor, View, read
+from qwen2tool.checkpoint.view import AnyTensor, View, read, read_blocks
 from qwen2tool.console import Advance, progress
 
 TOKENS = 1024
@@ -95,7 +92,8 @@ def measure_rounding(before: View, after: View, how: str) -> Rounding | None:
 def _relative_error(before: AnyTensor, after: AnyTensor) -> float:
     """||after - before|| / ||before||, 0.0 where every number is the same; block by block, summed in fp64."""
     error = norm = 0.0
-    for mine, theirs in _blocks(before, after):
+    blocks = zip(read_blocks(before, BLOCK_ELEMENTS), read_blocks(after, BLOCK_ELEMENTS), strict=True)
+    for mine, theirs in ((one.reshape(-1), other.reshape(-1)) for one, other in blocks):
         if mine.dtype == theirs.dtype and torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8)):
             own = mine.float()
             norm += float(own @ own)
@@ -106,26 +104,6 @@ def _relative_error(before: AnyTensor, after: AnyTensor) -> float:
             difference = other - own
             error += float(difference @ difference)
     return (error / max(norm, TINY)) ** 0.5 if error else 0.0
-
-
-def _blocks(before: AnyTensor, after: AnyTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same rows of two tensors of one shape, flat; what has to be computed is in memory whole."""
-    stored = [tensor for tensor in (before, after) if isinstance(tensor, TensorInfo)]
-    if not stored:
-        yield read(before).view(-1), read(after).view(-1)
-        return
-    blocks = [rows for rows, _ in row_blocks(stored[0], BLOCK_ELEMENTS)]
-    for mine, theirs in zip(_rows(before, blocks), _rows(after, blocks), strict=True):
-        yield mine.view(-1), theirs.view(-1)
-
-
-def _rows(tensor: AnyTensor, blocks: list[slice]) -> Iterator[torch.Tensor]:
-    """`blocks` of a tensor; those of a stored one are what `row_blocks` gives for any tensor of its shape."""
-    if isinstance(tensor, TensorInfo):
-        yield from (read(info) for _, info in row_blocks(tensor, BLOCK_ELEMENTS))
-        return
-    whole = read(tensor)
-    yield from (whole[rows] for rows in blocks)
 
 
 def measure(before: View, after: View, tokenizer: Path, what: str) -> Damage:

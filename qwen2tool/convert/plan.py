@@ -8,13 +8,13 @@ pass. Where nothing is cast, torch is never imported, which would take longer th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from qwen2tool.checkpoint.geometry import Config
 from qwen2tool.checkpoint.header import TensorInfo
-from qwen2tool.checkpoint.view import AnyTensor, Derived, View, read
+from qwen2tool.checkpoint.view import AnyTensor, Derived, View, read_blocks
 from qwen2tool.checkpoint.writer import Slot
 from qwen2tool.convert.llama import OUTPUT_BIAS, output_bias_name, to_llama_config
 from qwen2tool.convert.store import copy_stored
@@ -180,7 +180,7 @@ def write_as(tensor: AnyTensor, slot: Slot, handle: BinaryIO, allow_lossy: bool 
     from qwen2tool.checkpoint.reader import write_tensor
 
     changed = 0
-    for block in _blocks(tensor):
+    for block in read_blocks(tensor, BLOCK_ELEMENTS):
         cast, lost = _cast(block, slot)
         if lost and not allow_lossy:
             raise UserError(
@@ -190,16 +190,6 @@ def write_as(tensor: AnyTensor, slot: Slot, handle: BinaryIO, allow_lossy: bool 
         changed += lost
         write_tensor(cast, handle)
     return changed
-
-
-def _blocks(tensor: AnyTensor) -> Iterator[torch.Tensor]:
-    from qwen2tool.checkpoint.reader import read_tensor, row_blocks
-
-    if isinstance(tensor, Derived):
-        yield read(tensor)
-        return
-    for _, rows in row_blocks(tensor, BLOCK_ELEMENTS):
-        yield read_tensor(rows)
 
 
 def _cast(values: torch.Tensor, slot: Slot) -> tuple[torch.Tensor, int]:
