@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, sqrt
@@ -180,9 +181,16 @@ def by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> An
     for pattern, value in (patterns or {}).items():
         if NESTED_REPEAT.search(pattern) or len(REPEAT.findall(pattern)) > MAX_REPEATS:
             raise re.error(f"{pattern[:40]!r} repeats too much")
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(rf"(.*\.)?({pattern})$").match(module):
             return value
     return default
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """`pattern`, without Python's warnings of what a later version may read otherwise: they are nobody's here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return re.compile(pattern)
 
 
 def untargeted(config: dict[str, Any], modules: Iterable[str]) -> list[str]:
@@ -215,7 +223,7 @@ def _matches(targets: Any, module: str, unknown: bool) -> bool:
     if NESTED_REPEAT.search(targets) or len(REPEAT.findall(targets)) > MAX_REPEATS:
         return unknown
     try:
-        return re.fullmatch(targets, module) is not None
+        return _compiled(targets).fullmatch(module) is not None
     except re.error:
         return unknown
 

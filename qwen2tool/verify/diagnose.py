@@ -48,6 +48,8 @@ MAY_BE_WANTED = (
 )  # fmt: skip
 """Codes that name no mistake of the candidate: a dtype, a quantisation, training, the machine, a reference that is
 itself broken, or nothing known."""
+ROUNDED_SUMS = "the base with the adapters, rounded more than once on the way"
+"""Adapters merged one after the other, or in 16-bit arithmetic."""
 Pairs = dict[str, tuple[AnyTensor, AnyTensor]]
 """Name -> (reference's, candidate's) of what differs and is not explained yet; each step takes out what it explains."""
 
@@ -122,14 +124,17 @@ def _from_vectors(pairs: Pairs) -> list[Finding]:
 def _from_adapters(pairs: Pairs, adapters: Sequence[Adapter]) -> list[Finding]:
     broken = find_not_finite(pairs, adapters)
     _take_out(pairs, broken)
-    factors = {}
+    factors, rounded = {}, []
     for name in [*pairs]:
         if parts := pairs_of(name, adapters):
             mine, theirs = pairs[name]
             held = find_factors(mine, numbers(mine), numbers(theirs), parts)
-            if held is not None:
-                factors[name] = [(n, pair, factor) for (n, pair), factor in zip(parts, held, strict=True)]
-    found = findings_of(factors, adapters)
+            if held is None:
+                continue
+            if held.is_right:
+                rounded.append(Finding(code="rounded_weights", name=name, detail=ROUNDED_SUMS))
+            factors[name] = [(n, pair, factor) for (n, pair), factor in zip(parts, held.factors, strict=True)]
+    found = [*findings_of(factors, adapters), *rounded]
     _take_out(pairs, found)
     return [*broken, *found]
 

@@ -8,7 +8,9 @@ from math import isfinite
 from qwen2tool.checkpoint.adapter import ADAPTER_CONFIG, fingerprint
 from qwen2tool.checkpoint.config_faults import other_class
 from qwen2tool.checkpoint.geometry import expected_tensors, rope_disagreement
+from qwen2tool.checkpoint.side_files import side_sections
 from qwen2tool.checkpoint.tokens import Vocabulary, read_vocabulary
+from qwen2tool.checkpoint.tolerate import Damaged
 from qwen2tool.checkpoint.view import View
 from qwen2tool.errors import UserError
 from qwen2tool.verify.inventory import InventoryComparison
@@ -51,7 +53,7 @@ def notes_on(
     if (disagreement := rope_disagreement(theirs.origin.config)) and not rope_disagreement(mine.origin.config):
         notes.append(f"config.json of the candidate: {disagreement}")
     notes += [f"config.json of the candidate: {wrong}"] if (wrong := other_class(theirs.origin.config)) else []
-    notes += _on_tokenizers(mine, theirs)
+    notes += _on_side_files(mine, theirs)
     notes += [
         f"{view.path}: an {ADAPTER_CONFIG} lies beside the weights; transformers adds that adapter when it loads the "
         "folder, the comparison did not"
@@ -63,8 +65,13 @@ def notes_on(
     return notes
 
 
-def _on_tokenizers(mine: View, theirs: View) -> Iterator[str]:
-    """Ids mean tokens: two equal functions answer differently behind two tokenizers."""
+def _on_side_files(mine: View, theirs: View) -> Iterator[str]:
+    """Ids mean tokens: two equal functions answer differently behind two tokenizers, and behind none not at all."""
+    for view in (mine, theirs):
+        damaged: Damaged = {}
+        side_sections(view.origin, damaged)
+        for name, why in damaged.items():
+            yield f"{view.path}: {name} is damaged ({why})"
     one, other = _vocabulary(mine), _vocabulary(theirs)
     if one is None or other is None or one.ids == other.ids:
         return
@@ -77,7 +84,7 @@ def _on_tokenizers(mine: View, theirs: View) -> Iterator[str]:
 
 
 def _vocabulary(view: View) -> Vocabulary | None:
-    """Of a folder; a damaged tokenizer is for `inspect` to speak of."""
+    """Of a folder; a damaged one is noted already."""
     if view.origin.format == "gguf":
         return None
     try:

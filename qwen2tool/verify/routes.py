@@ -2,7 +2,8 @@
 
 Layer by layer, on the same input, three runs:
 - the truth: transformers' layer with the weights as stored, in fp32 (fp64 where the run is meant to be fp32);
-- the reference: transformers' layer with PEFT's LoRA, as it trains: 16-bit weights, fp32 adapters, autocast;
+- the reference: transformers' layer with PEFT's LoRA, as it trains: 16-bit weights, fp32 adapters, autocast, and in NF4
+  what bitsandbytes' layers should multiply by where they do not (`single.misread`);
 - the routed: the very same modules through `RoutedStack`, the memory plan keeping least, so all of it is recomputed.
 
 Both errors are relative to the truth; the routed one may be `NOISE_MULTIPLE` times the reference's and a floor. A
@@ -16,7 +17,7 @@ reference takes them one by one, so it needs no mask; it attends through sdpa an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from qwen2tool.routing.stack import RoutedStack
 from qwen2tool.verify.gradients import relative_error
 from qwen2tool.verify.route_report import WHOLE, Errors, LayerReport, RouteReport, decide_routes
 from qwen2tool.verify.run import environment, first_samples, require_reference
-from qwen2tool.verify.single import SEED, dequantise, embed, layer_pairs, load_layer, put_lora, random_pairs
+from qwen2tool.verify.single import SEED, dequantise, embed, layer_pairs, load_layer, misread, put_lora, random_pairs
 
 SEQUENCES = 3
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -82,7 +83,8 @@ def verify_routes(
     running = dtype or _training_dtype(device)
     wide = torch.float64 if running == "float32" else torch.float32
     setting = Setting(getattr(torch, running), wide, device, nf4, [len(sequence) for sequence in sequences])
-    layers = _compare_layers(checkpoint, opened, [token for sequence in sequences for token in sequence], setting)
+    ids = [token for sequence in sequences for token in sequence]
+    layers, wrong = _compare_layers(checkpoint, opened, ids, setting)
     verdict, reason = decide_routes(layers, running, sum(setting.lengths))
     return RouteReport(
         model=str(model),
@@ -94,7 +96,7 @@ def verify_routes(
         verdict=verdict,
         reason=reason,
         layers=layers,
-        notes=tuple(_notes(opened)),
+        notes=tuple(_notes(opened, wrong)),
         environment=environment(device),
         seconds=time.perf_counter() - start,
     )
@@ -135,38 +137,46 @@ def ragged(sequences: list[list[int]]) -> list[list[int]]:
 
 def _compare_layers(
     checkpoint: Checkpoint, adapter: Adapter | None, ids: list[int], setting: Setting
-) -> tuple[LayerReport, ...]:
-    """One layer after the other; the truth's output is the next one's input."""
+) -> tuple[tuple[LayerReport, ...], list[str]]:
+    """(one layer after the other, linears that bitsandbytes misreads); the truth's output is the next one's input."""
     if not ids:
-        return ()
+        return (), []
     found = []
+    wrong: dict[str, None] = {}
     count = checkpoint.geometry.num_hidden_layers
     x = embed(checkpoint, ids).to(setting.device, setting.truth)
     with progress("comparing layers", count) as advance:
         for index in range(count):
-            report, x = _compare_layer(checkpoint, adapter, index, x, setting)
+            report, x, misreads = _compare_layer(checkpoint, adapter, index, x, setting)
             found.append(report)
+            wrong |= dict.fromkeys(misreads)
             advance()
-    return tuple(found)
+    return tuple(found), list(wrong)
 
 
 def _compare_layer(
     checkpoint: Checkpoint, adapter: Adapter | None, index: int, x: torch.Tensor, setting: Setting
-) -> tuple[LayerReport, torch.Tensor]:
-    """The figures of one layer, and its output (N, H) in the truth."""
+) -> tuple[LayerReport, torch.Tensor, list[str]]:
+    """The figures of one layer, its output (N, H) in the truth, and the linears that bitsandbytes misreads."""
     pairs = random_pairs(checkpoint, index) if adapter is None else layer_pairs(adapter, index)
     running = load_layer(checkpoint, index, dtype=setting.dtype, device=setting.device, nf4=setting.nf4)
     truth = load_layer(checkpoint, index, dtype=setting.truth, device=setting.device)
+    peer = running
+    wrong = misread(running.layers[0]) if setting.nf4 else []
     if setting.nf4:
         dequantise(truth.layers[0], running.layers[0])
+    if wrong:
+        peer = load_layer(checkpoint, index, dtype=setting.dtype, device=setting.device)
+        dequantise(peer.layers[0], running.layers[0])
     exact = put_lora(truth.layers[0], index, pairs, adapter, dtype=setting.truth)
     trained = put_lora(running.layers[0], index, pairs, adapter, dtype=torch.float32, nf4=setting.nf4)
+    theirs = put_lora(peer.layers[0], index, pairs, adapter, dtype=torch.float32) if wrong else trained
     start = x.to(setting.dtype)
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED + index)).to(start)
     outputs: list[torch.Tensor] = []
     truth.norm.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0].detach()[0]))
     wanted = _pass(_stock(truth, setting), start.to(setting.truth), exact, dy)
-    stock = _pass(_stock(running, setting), start, trained, dy)
+    stock = _pass(_stock(peer, setting), start, theirs, dy)
     routed = _pass(_routed(running, setting), start, trained, dy)
     report = LayerReport(
         index=index,
@@ -174,7 +184,7 @@ def _compare_layer(
         finite=all(bool(tensor.isfinite().all()) for tensor in wanted.values()),
         errors={n: Errors(relative_error(stock[n], t), relative_error(routed[n], t)) for n, t in wanted.items()},
     )
-    return report, torch.cat(outputs)
+    return report, torch.cat(outputs), wrong
 
 
 def _why_not(model: Any) -> str | None:
@@ -222,8 +232,13 @@ def _pass(run: Run, x: torch.Tensor, parameters: Mapping[str, torch.Tensor], dy:
     return dict(zip((*WHOLE, *parameters), [y.detach(), *gradients], strict=True))
 
 
-def _notes(adapter: Adapter | None) -> list[str]:
+def _notes(adapter: Adapter | None, wrong: Sequence[str]) -> Iterator[str]:
+    if wrong:
+        yield (
+            f"bitsandbytes unpacks {', '.join(wrong)} wrongly on this device (rows that are no multiple of its block): "
+            "transformers' own layer was run with the right numbers"
+        )
     if adapter is None:
-        return ["LoRA is random, on all seven linears: name --adapter to compare with your own"]
-    outside = [module for module in adapter.pairs if not module.startswith("model.layers.")]
-    return [f"{', '.join(outside)}: outside the layers, not compared"] if outside else []
+        yield "LoRA is random, on all seven linears: name --adapter to compare with your own"
+    elif outside := [module for module in adapter.pairs if not module.startswith("model.layers.")]:
+        yield f"{', '.join(outside)}: outside the layers, not compared"

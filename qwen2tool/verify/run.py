@@ -80,7 +80,8 @@ def verify(
 
     Raises:
         UserError: a reference that is not a whole Qwen2, an adapter that does not fit, a damaged file, a format that is
-            not read or another architecture on either side, a token id beyond the reference's vocabulary.
+            not read or another architecture on either side, a token id beyond the reference's vocabulary, a task that
+            cannot be run.
     """
     start = time.perf_counter()
     adapters = _listed(adapter)
@@ -92,6 +93,7 @@ def verify(
         candidate_adapters=_listed(candidate_adapter),
     )
     require_usable(sides.reference.view)
+    _require_answerable(sides, generate, tasks)
     chosen = first_samples(samples, max_tokens, sides.stored)
     running = dtype or _coarser(sides.stored, sides.candidate.view)
     kept = Work(work, _key(sides, chosen, adapter_on, device, running, gradients) if work else {})
@@ -322,6 +324,18 @@ def _through_layers(comparison: LayerComparison, kept: Work) -> list[LayerFigure
 def _diagnose(sides: Sides, found: _Measured) -> list[Diagnosis]:
     adapters = sides.reference.adapters
     return diagnose(sides.stored, sides.candidate.view, found.inventory, found.tensors, found.figures, adapters)
+
+
+def _require_answerable(sides: Sides, generate: int, tasks: Sequence[str]) -> None:
+    """Passes what the last levels need, before the work of the first ones, not after it."""
+    if generate:
+        from qwen2tool.verify.behaviour import end_tokens
+
+        end_tokens(sides.reference.view)
+    if tasks:
+        from qwen2tool.verify.tasks import require_tasks
+
+        require_tasks(tasks)
 
 
 def _generations(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -106,12 +107,34 @@ def _quantise(layer: Any, device: str, dtype: torch.dtype) -> None:
 
 
 def dequantise(layer: Any, quantised: Any) -> None:
-    """Gives the plain linears of `layer` the values that those of `quantised` multiply by."""
+    """Gives the plain linears of `layer` the values that those of `quantised` stand for."""
+    for name, linear in _linears(quantised):
+        layer.get_submodule(name).weight.data.copy_(_unpacked(linear.weight))
+
+
+def misread(quantised: Any) -> list[str]:
+    """The linears that bitsandbytes multiplies by other numbers than they stand for.
+
+    Its CPU kernel (0.50.2) begins a new block with each row; a row of 352 is no multiple of a block of 64, and half of
+    the rows are off by whole scales.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
-    for name, linear in _linears(quantised):
-        plain = layer.get_submodule(name)
-        plain.weight.data.copy_(dequantize_4bit(linear.weight.data, linear.weight.quant_state))
+    return [
+        name
+        for name, linear in _linears(quantised)
+        if not torch.equal(dequantize_4bit(linear.weight.data, linear.weight.quant_state), _unpacked(linear.weight))
+    ]
+
+
+def _unpacked(weight: Any) -> torch.Tensor:
+    """By bitsandbytes, as one long row: blocks run on over rows, as they were quantised."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state, shape = copy(weight.quant_state), weight.quant_state.shape
+    state.shape = torch.Size((1, shape.numel()))
+    flat: torch.Tensor = dequantize_4bit(weight.data, state)
+    return flat.view(shape)
 
 
 def layer_pairs(adapter: Adapter, index: int) -> dict[str, Pair]:

@@ -59,12 +59,7 @@ def compare_tasks(
     Raises:
         UserError: the harness is not installed, no task, or one that it does not know.
     """
-    harness = _harness()
-    names, folders = named_tasks(tasks)
-    manager = harness["TaskManager"](include_path=folders or None)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise UserError(f"--tasks: {', '.join(unknown)}: no such task", "Name tasks of lm-eval, or a task's YAML file")
+    harness, names, manager = require_tasks(tasks)
     with tokenizer_folder(reference.view.path, candidate.view.path) as folder:
         tokenizer = load_tokenizer(folder)
     results = []
@@ -76,6 +71,21 @@ def compare_tasks(
             )
         results.append(found["results"])
     return list(differences(*results))
+
+
+def require_tasks(tasks: Sequence[str]) -> tuple[dict[str, Any], list[str], Any]:
+    """(the harness, names of tasks that it knows, its task manager), to be asked for before hours of other work.
+
+    Raises:
+        UserError: the harness is not installed, no task, or one that it does not know.
+    """
+    harness = _harness()
+    names, folders = named_tasks(tasks)
+    manager = harness["TaskManager"](include_path=folders or None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"--tasks: {', '.join(unknown)}: no such task", "Name tasks of lm-eval, or a task's YAML file")
+    return harness, names, manager
 
 
 def named_tasks(tasks: Sequence[str]) -> tuple[list[str], list[str]]:

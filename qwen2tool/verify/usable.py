@@ -17,6 +17,7 @@ from qwen2tool.checkpoint.view import View
 from qwen2tool.errors import UserError
 
 MOST_WORDS = 160
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 def refusal(view: View | Checkpoint) -> str | None:
@@ -45,7 +46,14 @@ def _complaint(view: View | Checkpoint) -> str | None:
             config.layer_types, config.num_hidden_layers = config.layer_types[:1], 1
             with torch.device("meta"):
                 Qwen2Model(config)
-            Qwen2RotaryEmbedding(config)
+            if _heads_fit(view):  # on the CPU: a head_dim of 2**31 in a config of 1 kB took 13 GB
+                Qwen2RotaryEmbedding(config)
     except Exception as error:  # a config that is wrong surfaces as anything
         return f"transformers: {' '.join(str(error).split())[:MOST_WORDS]}"
     return None
+
+
+def _heads_fit(view: View | Checkpoint) -> bool:
+    """Whether the first layer has as many q rows as config.json says, so that its sizes are those of the file."""
+    query, shape = view.tensors.get(QUERY), view.geometry
+    return query is not None and query.shape[:1] == (shape.num_attention_heads * shape.head_dim,)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -291,3 +293,14 @@ def test_an_adapter_of_which_peft_would_drop_a_part_is_refused(adapter_folder, t
 @pytest.mark.parametrize("targets", [None, [], {}, 3, [1], "(a*)*b", "(", "a*b*c*d*e*"])
 def test_targets_that_say_nothing_target_everything(targets):
     assert untargeted({"target_modules": targets}, ["model.layers.0.mlp.up_proj"]) == []
+
+
+def test_a_pattern_of_doubtful_syntax_warns_nobody(base_folder, tmp_path):
+    """Python warns of `[[` wherever a pattern is compiled, with a line of our source."""
+    folder = write_adapter(tmp_path / "a", base_folder)
+    edit_json(folder / "adapter_config.json", rank_pattern={"[[]x": 4})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_adapter(folder).pairs
+    with pytest.warns(FutureWarning):
+        re.compile("[[]x")

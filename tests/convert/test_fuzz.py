@@ -1,6 +1,7 @@
 """Ten thousand damaged files of every format: a sentence or a result, at once, in little memory, and nothing written.
 
 `QWEN2TOOL_FUZZ=200000 pytest tests/convert/test_fuzz.py` is the longer run: so many inputs instead of ten thousand.
+What is written is seen twice: as Python's audit events, wherever it lies, and in the folder around the files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import random
 import resource
 import shutil
 import signal
+import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from qwen2tool.checkpoint.adapter_report import inspect_adapter
@@ -28,11 +32,15 @@ from qwen2tool.convert.gguf_tokenizer import side_files_of_gguf
 from qwen2tool.convert.read import open_qwen2
 from qwen2tool.convert.run import convert
 from qwen2tool.errors import UserError
+from qwen2tool.verify.inventory import compare_inventories
+from qwen2tool.verify.sides import open_sides
+from qwen2tool.verify.usable import refusal
 from tests.checkpoint.files import FIRST, INDEX, SMALL, raw_file, split_header
 from tests.checkpoint.mutate import mutate_bytes, mutate_json
 from tests.checkpoint.torch_files import as_bins, edited, pickle_of
 from tests.convert.common import write_gguf
 from tests.convert.packed import NF4, save_packed
+from tests.convert.watch import WATCH
 from tests.tiny import write_adapter, write_tiny
 
 INPUTS = int(os.environ.get("QWEN2TOOL_FUZZ", "10000"))
@@ -92,8 +100,6 @@ def in_pickle(name: str) -> Damage:
 
 def in_quant_state(folder: Path, dice: random.Random) -> Path:
     """The JSON that bitsandbytes keeps as a tensor of bytes."""
-    import torch
-
     file = folder / "model.safetensors"
     state = load_file(file)
     name = dice.choice([name for name in state if "quant_state" in name])
@@ -135,6 +141,35 @@ def inspect_lora(folder: Path) -> object:
     return shown(inspect_adapter(folder))
 
 
+def compared_with(reference: Path) -> Callable[[Path], object]:
+    """What `verify-equivalence` asks of a candidate before it reads a tensor."""
+
+    def reads(folder: Path) -> object:
+        sides = open_sides(reference, folder)
+        compare_inventories(sides.stored, sides.candidate.view)
+        if (why := refusal(sides.candidate.view)) is not None:
+            raise UserError(why, "Copy config.json again")
+        return sides
+
+    return reads
+
+
+def with_vocab_json(folder: Path) -> Path:
+    """The same tokenizer as older checkpoints have it."""
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(stored["model"]["vocab"]))
+    (folder / "added_tokens.json").write_text(json.dumps({t["content"]: t["id"] for t in stored["added_tokens"]}))
+    (folder / "tokenizer.json").unlink()
+    return folder
+
+
+def with_adapter_bin(folder: Path) -> Path:
+    file = folder / "adapter_model.safetensors"
+    torch.save(load_file(file), folder / "adapter_model.bin")
+    file.unlink()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory) -> dict[str, Target]:
     root = tmp_path_factory.mktemp("fuzz")
@@ -150,19 +185,30 @@ def targets(tmp_path_factory) -> dict[str, Target]:
     gguf = root / "gguf"
     gguf.mkdir()
     write_gguf(open_qwen2(wide), gguf / "m.gguf", "q8_0")
-    tokenizer = in_json("tokenizer.json", "tokenizer_config.json")
+    bin_shards = as_bins(shutil.copytree(base, root / "bin-shards"), shards=2)
+    older = with_vocab_json(shutil.copytree(base, root / "older"))
+    adapter_bin = with_adapter_bin(shutil.copytree(adapter, root / "adapter-bin"))
+    side_files = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
     return {
         "safetensors, bytes": Target(base, in_bytes(FIRST, INDEX, "config.json"), inspect_all),
         "safetensors, header": Target(base, in_header(FIRST), inspect_all, 20),
         "config and index": Target(base, in_json("config.json", INDEX), inspect_all, 20),
-        "tokenizer": Target(base, tokenizer, inspect_all),
-        "tokenizer, bytes": Target(base, in_bytes("tokenizer.json", "tokenizer_config.json"), inspect_all, 5),
+        "side files": Target(base, in_json(*side_files), inspect_all),
+        "side files, bytes": Target(base, in_bytes(*side_files), inspect_all, 5),
+        "older tokenizer": Target(older, in_json("vocab.json", "added_tokens.json"), inspect_all, 3),
         "view": Target(base, in_json("config.json", INDEX), view_all),
         "one file": Target(lone, in_header("lone.safetensors"), inspect_lone),
         "torch zip": Target(bins, in_bytes("pytorch_model.bin"), inspect_all, 10),
         "torch pickle": Target(bins, in_pickle("pytorch_model.bin"), inspect_all, 10),
+        "torch index": Target(bin_shards, in_json("pytorch_model.bin.index.json"), inspect_all, 3),
         "adapter": Target(adapter, in_json("adapter_config.json"), inspect_lora),
         "adapter, header": Target(adapter, in_header("adapter_model.safetensors"), inspect_lora),
+        "adapter, bytes": Target(
+            adapter, in_bytes("adapter_config.json", "adapter_model.safetensors"), inspect_lora, 5
+        ),
+        "adapter, pickle": Target(adapter_bin, in_pickle("adapter_model.bin"), inspect_lora, 5),
+        "compared": Target(base, in_json("config.json"), compared_with(base), 2),
+        "compared, adapter": Target(adapter, in_json("adapter_config.json"), compared_with(base), 3),
         "packed": Target(packed, in_header("model.safetensors"), view_all, 3),
         "quant state": Target(packed, in_quant_state, view_all, 3),
         "gguf": Target(gguf, in_bytes("m.gguf"), inspect_gguf, 15),
@@ -190,11 +236,15 @@ def _too_long(*_: object) -> None:
 
 
 def outcome(reads: Callable[[Path], object], folder: Path) -> str:
-    try:
-        with bounded():
-            report = reads(folder)
-    except UserError as error:
-        assert error.what and error.fix and "\n" not in str(error)
+    with WATCH.written() as written:
+        try:
+            with bounded():
+                report = reads(folder)
+        except UserError as error:
+            assert error.what and error.fix and "\n" not in str(error)
+            report = None
+    assert not written, f"reading wrote {written}"
+    if report is None:
         return "refused"
     return "found" if getattr(report, "exit_code", 0) else "passed"
 
@@ -230,33 +280,88 @@ def test_every_reader(targets, tmp_path, monkeypatch, record_property):
     assert total.total() >= INPUTS
 
 
+def converted(source: Path, target: Path) -> str:
+    """Whether a conversion wrote or refused; it may change `target` and the hidden folder that becomes it."""
+    before = tree(target.parent)
+    with WATCH.written() as written:
+        try:
+            convert(source, target)
+            found = "written"
+        except UserError:
+            found = "refused"
+    names = [Path(path).relative_to(target.parent).parts[:1] for path in written if not path.startswith("/dev/")]
+    assert all(name and (name[0] == target.name or name[0].startswith(f".{target.name}.")) for name in names), written
+    after = [path for path in tree(target.parent) if found == "refused" or not path.is_relative_to(target)]
+    assert after == before
+    return found
+
+
 def test_a_conversion_of_damaged_files_writes_inside_its_output_or_nothing(targets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dice, found = random.Random("qwen2tool convert"), Counter[str]()
     for name in ("config and index", "torch pickle", "gguf"):
         folder, damage = targets[name].folder, targets[name].damage
-        for number in range(40):
+        for _ in range(40):
             source = shutil.copytree(folder, tmp_path / "in")
             damage(source, dice)
-            before = tree(tmp_path)
-            try:
-                convert(source / "m.gguf" if name == "gguf" else source, tmp_path / "out")
-                found["written"] += 1
-                inside = [path for path in tree(tmp_path) if path.is_relative_to(tmp_path / "out")]
-                assert [path for path in tree(tmp_path) if path not in inside] == before, (name, number)
-            except UserError:
-                found["refused"] += 1
-                assert tree(tmp_path) == before, (name, number)
+            found[converted(source / "m.gguf" if name == "gguf" else source, tmp_path / "out")] += 1
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
             shutil.rmtree(source)
     assert found["written"] > 5 and found["refused"] > 20, found
 
 
-def test_the_bounds_hold(tmp_path):
-    """Negative controls: an allocation and a loop that a reader must not make are found."""
-    with pytest.raises(MemoryError):
-        outcome(lambda _: bytearray(2 * ROOM), tmp_path)
-    with pytest.raises(TimeoutError):
-        outcome(lambda _: signal.raise_signal(signal.SIGALRM), tmp_path)
-    with pytest.raises(zipfile.BadZipFile):
-        outcome(lambda _: (_ for _ in ()).throw(zipfile.BadZipFile), tmp_path)
+def hangs(_: Path) -> None:
+    while True:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("reads", "seen"),
+    [
+        (lambda _: bytearray(2 * ROOM), MemoryError),
+        (lambda _: torch.empty(2 * ROOM, dtype=torch.uint8), RuntimeError),
+        (hangs, TimeoutError),
+        (lambda _: (_ for _ in ()).throw(zipfile.BadZipFile), zipfile.BadZipFile),
+        (lambda _: (_ for _ in ()).throw(UserError("no remedy", "")), AssertionError),
+        (lambda folder: (folder / "note").write_text("read"), AssertionError),
+        (lambda folder: (folder / "config.json").open("r+").close(), AssertionError),
+        (lambda folder: (folder.parent.parent / "elsewhere").mkdir(), AssertionError),
+        (lambda folder: (folder / "config.json").rename(folder / "other"), AssertionError),
+    ],
+    ids=["memory", "memory of torch", "hang", "traceback", "no remedy", "a file", "a change", "outside", "a move"],
+)
+def test_each_forbidden_outcome_is_seen(tmp_path, monkeypatch, reads, seen):
+    """Negative controls: what no reader may do."""
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.2)
+    folder = tmp_path / "around" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(seen):
+        outcome(reads, folder)
+    assert outcome(lambda folder: (folder / "config.json").exists(), folder) == "passed"
+
+
+@pytest.mark.parametrize("place", ["beside", "../above"])
+def test_a_conversion_that_writes_elsewhere_is_seen(targets, tmp_path, monkeypatch, place):
+    source, work = targets["gguf"].folder / "m.gguf", tmp_path / "work"
+    work.mkdir()
+    assert converted(source, work / "out") == "written"
+    shutil.rmtree(work / "out")
+
+    def escapes(source: Path, target: Path) -> None:
+        (work / place).write_text("here")
+
+    monkeypatch.setattr(sys.modules[__name__], "convert", escapes)
+    with pytest.raises((AssertionError, ValueError)):
+        converted(source, work / "out")
+
+
+def test_sizes_of_a_config_are_those_of_its_tensors(tmp_path):
+    """transformers makes a table of head_dim numbers on the CPU: it is not asked to where no tensor has them."""
+    huge = write_tiny(tmp_path / "huge", **SMALL)
+    reads = compared_with(huge)
+    assert outcome(reads, huge) == "passed"
+    wide = shutil.copytree(huge, tmp_path / "wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"head_dim": 2**31}))
+    assert outcome(reads, wide) == "passed"

@@ -131,6 +131,22 @@ def test_what_leaves_no_trace_in_tensors_is_noted(tmp_path: Path, base_folder: P
     assert run(base_folder, base_folder).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("tokenizer.json", "[]"), ("tokenizer_config.json", '{"a'), ("generation_config.json", "[1]")],
+)
+def test_a_damaged_file_beside_the_candidates_weights_is_noted(
+    tmp_path: Path, base_folder: Path, file: str, text: str
+) -> None:
+    """The weights are the same function; whoever loads the folder meets the damage all the same."""
+    damaged = variant(base_folder, tmp_path / "damaged")
+    (damaged / file).write_text(text)
+    report = run(base_folder, damaged)
+    assert report.verdict == "equivalent"
+    (note,) = report.notes
+    assert note.startswith(f"{damaged}: {file} is damaged")
+
+
 def test_a_tie_that_config_json_has_lost(tmp_path: Path, tied_folder: Path) -> None:
     untied = variant(tied_folder, tmp_path / "untied", config={"tie_word_embeddings": False})
     report = run(tied_folder, untied)

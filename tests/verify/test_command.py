@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+import qwen2tool.verify.run
 from qwen2tool.assets import TINY_QWEN2
 from qwen2tool.verify.patterns.sentences import CODES
 from tests.cli_runner import Outcome, run
@@ -71,6 +74,22 @@ def test_a_work_folder_is_gone_when_all_is_done(tmp_path: Path, halved: Path) ->
 )
 def test_what_needs_two_sides_is_refused_with_routes(flags: tuple[str, ...]) -> None:
     assert f"{flags[0]} is about a CANDIDATE" in verify("--routes", *flags).error
+
+
+def test_what_the_last_levels_need_is_asked_for_before_hours_of_work(
+    tmp_path: Path, halved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(qwen2tool.verify.run, "_measure", work)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "--tasks needs lm-eval" in verify(halved, "--tasks", "piqa").error
+    cut = Path(shutil.copytree(TINY_QWEN2, tmp_path / "cut"))
+    (cut / "generation_config.json").write_text('{"eos_token_id": 3')
+    assert "generation_config.json" in run("verify-equivalence", cut, halved, "--generate", "4").error
+    with pytest.raises(AssertionError, match="the work began"):
+        verify(halved, "--generate", "4")
 
 
 def test_routes_take_one_adapter(adapter_folder: Path) -> None:

@@ -181,6 +181,29 @@ def test_an_adapter_that_was_merged_right_is_no_finding(
     assert diagnosed(base_folder, right, [open_adapter(adapter_folder)], view) == []
 
 
+@pytest.mark.parametrize("carried", [False, True], ids=["beside the base", "in the reference's view"])
+def test_adapters_that_were_merged_one_after_the_other_were_rounded_twice(
+    tmp_path: Path, base_folder: Path, adapter_folder: Path, carried: bool
+) -> None:
+    """Neither of the two is another one than was named, which an update of low rank would say."""
+    folders = [adapter_folder, write_adapter(tmp_path / "second", base_folder, seed=8)]
+    adapters = [open_adapter(folder) for folder in folders]
+
+    def merge(state: State) -> None:
+        for adapter in adapters:
+            for name, pair in adapter.pairs.items():
+                state[f"{name}.weight"] = (state[f"{name}.weight"].float() + delta(pair)).bfloat16()
+
+    candidate = variant(base_folder, tmp_path / "merged", merge)
+    view = open_qwen2(base_folder, adapters=folders if carried else [])
+    (found,) = diagnosed(base_folder, candidate, adapters, view)
+    assert (found.code, found.is_fault) == ("rounded_weights", False)
+    assert len(found.tensors) == len(adapters[0].pairs)
+    assert "are the base with the adapters, rounded more than once" in found.sentence
+    (third,) = diagnosed(base_folder, candidate, adapters[:1], open_qwen2(base_folder, adapters=folders[:1]))
+    assert third.code == "low_rank_update" and "another one than the one named" in third.sentence
+
+
 def test_a_merge_nobody_told_of_is_an_update_of_low_rank(
     tmp_path: Path, base_folder: Path, adapter_folder: Path
 ) -> None:

@@ -23,7 +23,7 @@ from qwen2tool.verify.gradients import relative_error
 from qwen2tool.verify.route_report import Errors, LayerReport, decide_routes
 from qwen2tool.verify.route_show import print_routes
 from qwen2tool.verify.routes import ragged, verify_routes
-from qwen2tool.verify.single import LINEARS, embed, layer_pairs, load_layer, put_lora, random_pairs
+from qwen2tool.verify.single import LINEARS, dequantise, embed, layer_pairs, load_layer, misread, put_lora, random_pairs
 from tests.cli_runner import run
 from tests.tiny import write_adapter, write_tiny
 from tests.verify.common import random_samples, variant, without
@@ -343,6 +343,25 @@ def test_a_tied_model_in_one_file(tmp_path):
     folder = write_tiny(tmp_path / "t", shards=1, tie_word_embeddings=True, dtype=torch.float32)
     report = verify_routes(folder, random_samples(2, 20), dtype="bfloat16")
     assert (report.verdict, report.lengths) == ("equivalent", (20, 10, 9)), report.reason
+
+
+def test_nf4_rows_that_are_no_multiple_of_a_block(tmp_path, monkeypatch):
+    """bitsandbytes' CPU kernel unpacks those of 96 wrongly: the layer is judged by what was quantised all the same."""
+    folder = write_tiny(tmp_path / "odd", intermediate_size=96)
+    checkpoint = open_checkpoint(folder)
+    packed, plain = (load_layer(checkpoint, 0, dtype=torch.float32, device="cpu", nf4=nf4) for nf4 in (True, False))
+    weight, before = plain.layers[0].mlp.down_proj.weight, plain.layers[0].mlp.down_proj.weight.clone()
+    dequantise(plain.layers[0], packed.layers[0])
+    assert 0.05 < relative_error(weight, before) < 0.12, "what NF4 costs numbers in blocks of 64"
+    theirs = packed.layers[0].mlp.down_proj(torch.eye(96)).T
+    wrong = ["mlp.down_proj"] if relative_error(theirs, weight) > 1e-5 else []
+    assert misread(packed.layers[0]) == wrong
+    for dtype in ("float32", "bfloat16"):
+        report = verify_routes(folder, random_samples(), nf4=True, dtype=dtype)
+        assert report.verdict == "equivalent", report.reason
+        assert [note for note in report.notes if "mlp.down_proj" in note] == [*report.notes[: len(wrong)]]
+    without_v_bias(monkeypatch)
+    assert verify_routes(folder, random_samples(), nf4=True).verdict == "different"
 
 
 @pytest.mark.gpu

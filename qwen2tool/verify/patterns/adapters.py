@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,20 @@ LITTLE = 0.02
 ROUNDING = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 EXPLAINED = 0.5
 """Of the squared difference, which the update has to explain, or leave no more than a rounding."""
+FEW_ROUNDINGS = 1.5
+"""Times the largest rounding of an entry, which about eight roundings in turn add up to, and 8-bit integers exceed."""
+
+
+class Held(NamedTuple):
+    """How many times each update is held, and whether all that is left is a few roundings."""
+
+    factors: list[float]
+    exact: bool
+
+    @property
+    def is_right(self) -> bool:
+        """Each once, and nothing else: what was rounded on the way may still differ."""
+        return self.exact and all(abs(factor - 1) <= LITTLE for factor in self.factors)
 
 
 def pairs_of(name: str, adapters: Sequence[Adapter]) -> list[tuple[int, LoraPair]]:
@@ -38,7 +53,7 @@ def carries(tensor: AnyTensor, pair: LoraPair) -> bool:
 
 def find_factors(
     mine: AnyTensor, reference: torch.Tensor, candidate: torch.Tensor, pairs: Sequence[tuple[int, LoraPair]]
-) -> list[float] | None:
+) -> Held | None:
     """How many times the candidate holds each update; None where the updates do not explain the difference.
 
     Sums are taken over blocks of rows: no update stands whole. What the fit leaves is ||E||^2 - c . b, with b the
@@ -54,22 +69,23 @@ def find_factors(
     step = max(1, BLOCK // reference.shape[1])
     for start in range(0, len(reference), step):
         rows = slice(start, start + step)
-        base = reference[rows].float()
-        error = (candidate[rows].float() - base).view(-1).double()
+        found = candidate[rows].float()
+        error = (found - reference[rows].float()).view(-1).double()
         updates = torch.stack([(b[rows] @ a).view(-1) for a, b in sides]).double()
         system += updates @ updates.T
         right += updates @ error
         before += float(error @ error)
-        size += float(base.double().square().sum())
+        size += float(found.double().square().sum())
     if float(system.diagonal().min()) == 0 or not bool(right.isfinite().all()):
         return None
     solution = torch.linalg.lstsq(system, right[:, None]).solution[:, 0]
     left = max(0.0, before - float(solution @ right))
-    rounding = 3 * ROUNDING.get(candidate.dtype, 2.0**-24) * sqrt(size)
-    if sqrt(left) > rounding and left > (1 - EXPLAINED) * before:
+    rounding = ROUNDING.get(candidate.dtype, 2.0**-24) * sqrt(size)
+    if sqrt(left) > 3 * rounding and left > (1 - EXPLAINED) * before:
         return None
     held = [float(carries(mine, pair)) for _, pair in pairs]
-    return [h + c for h, c in zip(held, solution.tolist(), strict=True)]
+    factors = [h + c for h, c in zip(held, solution.tolist(), strict=True)]
+    return Held(factors, exact=sqrt(left) <= FEW_ROUNDINGS * rounding)
 
 
 def label_of(adapter: Adapter, adapters: Sequence[Adapter]) -> str:
