@@ -1,6 +1,6 @@
 """`inspect`: what a checkpoint is, and whether anything is wrong with it, q/k/v biases first.
 
-A reader of the files answers this in a third of a second from headers, config, tokenizer files and the biases' numbers,
+A reader of the files answers this in less than a second from headers, config, tokenizer files and the biases' numbers,
 without torch; with `values` every tensor is read once as well. Of a model on the Hub only headers are read. The verdict
 is about layout: which architecture the *tensors* are, whatever config.json claims. It is one of
 
