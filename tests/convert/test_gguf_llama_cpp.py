@@ -24,27 +24,15 @@ from qwen2tool.convert.read import open_qwen2
 from tests.convert.common import write_gguf
 from tests.convert.corpus import TEXTS
 from tests.convert.gguf_files import write_llama_gguf
+from tests.convert.llama_oracle import plain_buffers  # noqa: F401  (a fixture)
 from tests.tiny import write_tiny
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (it compiles llama.cpp)")
+pytestmark = pytest.mark.usefixtures("plain_buffers")
 ASSET = Path(qwen2tool.__file__).parent / "assets" / "tiny-qwen2"
 IDS = [(17 * i + 5) % 300 + 3 for i in range(60)]
 MOST_KLD = {"f32": 1e-7, "f16": 3e-5, "bf16": 2e-3, "q8_0": 3e-2}
 """Ten times what was measured, or less."""
-
-
-@pytest.fixture(autouse=True)
-def plain_buffers(monkeypatch):
-    """Weights as the file has them: packed for AMX, they make llama.cpp's products crash (ggml-org/llama.cpp#20824)."""
-    bindings = llama_cpp.llama_cpp
-    default = bindings.llama_model_default_params
-
-    def plain():
-        params = default()
-        params.use_extra_bufts = False
-        return params
-
-    monkeypatch.setattr(bindings, "llama_model_default_params", plain)
 
 
 def opened(file):

@@ -21,6 +21,7 @@ from qwen2tool.convert.read import open_qwen2
 from qwen2tool.convert.run import Options, convert
 from tests.convert.common import write_gguf
 from tests.convert.corpus import NOT_NFC, TEXTS
+from tests.convert.llama_oracle import plain_buffers  # noqa: F401  (a fixture)
 
 NEEDED = ("QWEN2TOOL_REAL_MODEL", "QWEN2TOOL_REAL_GGUF")
 pytestmark = [
@@ -109,6 +110,7 @@ def test_the_file_as_it_is_has_an_untied_head():
     assert 0.03 < torch.dist(*few) / few[1].norm() < 0.06
 
 
+@pytest.mark.usefixtures("plain_buffers")
 @pytest.mark.parametrize(("kind", "most"), [("bf16", 1e-2), ("q8_0", 1e-1)])
 def test_llama_cpp_computes_the_same(folder, tmp_path, kind, most):
     """Measured, mean / max KLD: bf16 3e-5 / 5e-4, q8_0 7e-4 / 6e-3 (f32 1e-10 / 5e-9, f16 4e-7 / 5e-6)."""
