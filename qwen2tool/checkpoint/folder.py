@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2tool.checkpoint.from_shapes import config_from_shapes
-from qwen2tool.checkpoint.geometry import COPY_THE_FILE, Config, Geometry, geometry, read_config, read_json
-from qwen2tool.checkpoint.header import Header, TensorInfo, read_header
+from qwen2tool.checkpoint.geometry import Config, Geometry, geometry, read_config, read_json
+from qwen2tool.checkpoint.header import Header, TensorInfo, read_header, refuse_dead_link
 from qwen2tool.checkpoint.torch_file import read_torch_file
 from qwen2tool.errors import UserError
 
@@ -169,10 +169,10 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def _refuse_links_to_nothing(path: Path) -> None:
-    """A snapshot of the Hub's cache is links; copied as it is, it looks whole in a listing and holds nothing."""
+    """Of a folder's weights, whatever layout they are."""
     for file in sorted(path.iterdir()):
-        if file.suffix in BY_SUFFIX and file.is_symlink() and not file.exists():
-            raise UserError(f"{file}: a link to a file that is not there", COPY_THE_FILE)
+        if file.suffix in BY_SUFFIX:
+            refuse_dead_link(file)
 
 
 def _refuse_shards_without_index(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2tool.checkpoint.header import refuse_other_downloads
+from qwen2tool.checkpoint.header import refuse_dead_link, refuse_other_downloads
 from qwen2tool.errors import UserError
 
 Config = dict[str, Any]
@@ -23,7 +23,6 @@ MOST_LAYERS = 10_000
 """Beyond any model; a larger number is a damaged file, and counting up to it would never end."""
 MOST_NUMBER = 1e300
 """JSON holds whole numbers that no float does."""
-COPY_THE_FILE = "Copy the file itself here: links into a download cache lead nowhere on another machine"
 AGAIN = "Repair the file or copy it again"
 FULL_CONFIG = "Copy config.json again from where the checkpoint came from"
 QWEN1_KEYS = {
@@ -73,8 +72,7 @@ def read_config(folder: Path) -> Config:
         UserError: there is none, or it is no JSON object.
     """
     file = folder / "config.json"
-    if file.is_symlink() and not file.exists():
-        raise UserError(f"{file}: a link to a file that is not there", COPY_THE_FILE)
+    refuse_dead_link(file)
     if not file.is_file():
         raise UserError(f"{folder}: not a checkpoint (no config.json)", "Name the folder that holds config.json")
     return read_json(file)

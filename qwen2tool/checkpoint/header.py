@@ -39,6 +39,7 @@ ITEM_BYTES = {
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format's own reader; a larger length is a corrupt file, not a large model."""
 
+COPY_THE_FILE = "Copy the file itself here: links into a download cache lead nowhere on another machine"
 DAMAGED = "Download or copy the file again: it is damaged"
 NOT_WEIGHTS = {
     b"version ": ("a Git LFS pointer, not the file itself", "Fetch the files: git lfs pull, or hf download"),
@@ -100,6 +101,12 @@ def header_length(file: Path, first: bytes, size: int) -> int:
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise UserError(f"{file}: no safetensors header (it claims {length} bytes in a file of {size})", DAMAGED)
     return length
+
+
+def refuse_dead_link(file: Path) -> None:
+    """A snapshot of the Hub's cache is links; copied as it is, it looks whole in a listing and holds nothing."""
+    if file.is_symlink() and not file.exists():
+        raise UserError(f"{file}: a link to a file that is not there", COPY_THE_FILE)
 
 
 def refuse_other_downloads(file: Path, first: bytes) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from qwen2tool.checkpoint.geometry import COPY_THE_FILE
+from qwen2tool.checkpoint.header import COPY_THE_FILE, refuse_dead_link
 from qwen2tool.errors import UserError
 
 Damaged = dict[str, str]
@@ -26,9 +26,9 @@ def tolerate(read: Callable[[Path], T], file: Path, damaged: Damaged | None, key
         UserError: it refuses, and `damaged` is None.
     """
     try:
-        if not file.is_file() and is_there(file):
-            broken = "a link to a file that is not there" if file.is_symlink() else "no file"
-            raise UserError(f"{file}: {broken}", COPY_THE_FILE)
+        refuse_dead_link(file)
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file}: no file", COPY_THE_FILE)
         return read(file)
     except UserError as error:
         if damaged is None:

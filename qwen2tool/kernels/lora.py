@@ -70,9 +70,9 @@ def new_rows(tokens: int, columns: int, width: int, weights: Weights) -> Rows:
     return Rows(whole[:, :columns], whole[:, columns:], whole)
 
 
-def rows_of(plain: torch.Tensor, width: int) -> Rows:
-    """Rows around a tensor that is there already."""
-    return Rows(plain, blank(plain, plain.shape[0], width))
+def rows_of(plain: torch.Tensor, width: int, tail: torch.Tensor | None = None) -> Rows:
+    """Rows around a tensor that is there already, and around its tail where that is too."""
+    return Rows(plain, blank(plain, plain.shape[0], width) if tail is None else tail)
 
 
 def low_rank(x: Rows, group: Group, weights: Weights, bits: torch.Tensor | None = None) -> None:

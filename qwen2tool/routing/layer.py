@@ -218,7 +218,7 @@ def _o_operands(attention: _Attention, spec: LayerSpec, call: Call, tail: torch.
     group, rows = spec.o, attention.output.detach().flatten(1)
     quantised = isinstance(group.projections[0].weight, Quantised)
     operands = _Operands(group, rows.shape[0], call, extended=quantised, known=tail is not None)
-    operands.rows = rows_of(rows, group.width) if tail is None else Rows(rows, tail)
+    operands.rows = rows_of(rows, group.width, tail)
     return operands
 
 
@@ -339,7 +339,7 @@ def _down_backward(
     copy_rows(dy, d_rows.plain)  # cheaper than adding LoRA's part to the wider gradient of silu(gate) up
     inner = operands.backward(d_rows)  # its gradient first, and then silu(gate) up itself: here memory is at its peak
     swiglu_backward(inner, gate_up.plain, h_out=inner, out=gate_up.plain)
-    operands.rows = rows_of(inner, group.width) if tail is None else Rows(inner, tail)
+    operands.rows = rows_of(inner, group.width, tail)
     operands.fill_tail()
     return gate_up, operands.grads(d_rows)
 

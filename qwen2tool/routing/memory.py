@@ -246,9 +246,8 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
         # Backward: its own input, with the host the one of the layer below, on its way back.
         inputs = min(index + 1, 2) if plan.host_inputs else index + 1
         arriving = leaving[index - 1] if index else 0
-        work = max(
-            in_mlp + sizes.mlp, sizes.attention_backward
-        )  # gate and up, kept or recomputed, are gone after the MLP
+        # Gate and up, kept or recomputed, are gone when attention's turn comes.
+        work = max(in_mlp + sizes.mlp, sizes.attention_backward)
         backward = sizes.tails + sizes.attention + inputs * sizes.input + arriving + work
         highest = max(highest, below + forward, below + backward)
         below += kept[index]

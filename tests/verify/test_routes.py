@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,7 @@ FAULTS = {
     "v bias dropped": (without_v_bias, "is off by", EVERYWHERE),
     "scaling of one adapter": (
         with_wrong_scaling,
-        r"gradient of mlp.down_proj.lora_[AB] is off by 0.25,",  # both are, to the last digits, which decide
+        ("gradient of mlp.down_proj.lora_A is off by 0.25,", "gradient of mlp.down_proj.lora_B is off by 0.25,"),
         "outputs are among",
     ),
     "one gradient zero": (gradient_becomes(torch.zeros_like), "of self_attn.o_proj.lora_A is off by 1,", ALONE),
@@ -125,7 +124,8 @@ def test_a_planted_fault_is_found_and_named(base_folder, monkeypatch, fault, dty
     plant(monkeypatch)
     report = verify_routes(base_folder, random_samples(), dtype=dtype)
     assert (report.verdict, report.exit_code, report.fused) == ("different", 1, 3)
-    assert report.reason.startswith("layer ") and re.search(words, report.reason), report.reason
+    either = (words,) if isinstance(words, str) else words  # A and B are off alike: the last digits decide who leads
+    assert report.reason.startswith("layer ") and any(word in report.reason for word in either), report.reason
     assert extent in report.reason, report.reason
 
 
