@@ -110,21 +110,34 @@ def prefers_extended(group: Group, tokens: int) -> bool:
     return quantised or tokens > group.columns
 
 
-def assemble(group: Group, dtype: torch.dtype, *, extended: bool) -> Weights:
-    """Unpacks or copies the frozen weights and the adapters, cast to `dtype` with one rounding (s B included)."""
-    k, width = group.columns, group.width
+def unpack(group: Group, dtype: torch.dtype) -> torch.Tensor:
+    """M (O + R, K + R) with the frozen weights in their place and nothing yet in that of the adapters."""
     weight = group.projections[0].weight
     device = weight.packed.device if isinstance(weight, Quantised) else weight.device
+    like, width = torch.empty(0, dtype=dtype, device=device), group.width
+    matrix = blank(like, group.rows + width, group.columns + width)
+    row = 0
+    for projection, out in zip(group.projections, group.outs, strict=True):
+        _fill_base(matrix[row : row + out, : group.columns], projection.weight)
+        row += out
+    return matrix
+
+
+def assemble(group: Group, dtype: torch.dtype, *, extended: bool, unpacked: torch.Tensor | None = None) -> Weights:
+    """Unpacks or copies the frozen weights and the adapters, cast to `dtype` with one rounding (s B included).
+
+    Args:
+        unpacked: of `unpack`, kept from an earlier pass: adapters alone are filled in anew.
+    """
+    k, width = group.columns, group.width
     adapters = [(x.a.detach(), x.b.detach(), x.scale, rows) for x, rows, _ in group.blocks()]
     if not extended:
+        weight = group.projections[0].weight
+        device = weight.packed.device if isinstance(weight, Quantised) else weight.device
         a = torch.empty(width, k, dtype=dtype, device=device)
         fill_adapters(a, None, adapters)
         return Weights(None, a, [(b * scale).to(dtype) for _, b, scale, _ in adapters])
-    matrix = blank(torch.empty(0, dtype=dtype, device=device), group.rows + width, k + width)
-    row = 0
-    for projection, out in zip(group.projections, group.outs, strict=True):
-        _fill_base(matrix[row : row + out, :k], projection.weight)
-        row += out
+    matrix = unpack(group, dtype) if unpacked is None else unpacked
     a, scaled_b = matrix[group.rows :, :k], matrix[: group.rows, k:]
     fill_adapters(a, scaled_b, adapters)
     return Weights(matrix, a, [scaled_b[rows, columns] for _, rows, columns in group.blocks()])

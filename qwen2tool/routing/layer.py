@@ -16,24 +16,13 @@ stream x may be fp32 above 16-bit products. Legend: N tokens, H hidden, I interm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from qwen2tool.kernels.attention import Sequences, attend
-from qwen2tool.kernels.group import Group, Weights, assemble, prefers_extended
-from qwen2tool.kernels.lora import (
-    Rows,
-    adapter_grads,
-    draw_bits,
-    group_backward,
-    group_forward,
-    low_rank,
-    new_rows,
-    project_back,
-    rows_of,
-)
+from qwen2tool.kernels.attention import attend
+from qwen2tool.kernels.group import Group, prefers_extended
+from qwen2tool.kernels.lora import Rows, new_rows, project_back, rows_of
 from qwen2tool.kernels.nf4 import Quantised
 from qwen2tool.kernels.rmsnorm import rms_norm_backward, rms_norm_forward
 from qwen2tool.kernels.rope import rope_backward, rope_forward
@@ -41,6 +30,7 @@ from qwen2tool.kernels.rows import copy_rows
 from qwen2tool.kernels.swiglu import swiglu_backward, swiglu_forward
 from qwen2tool.routing.examine import LayerSpec
 from qwen2tool.routing.host import HostStore, Ticket
+from qwen2tool.routing.operands import Call, Operands, prepare, with_room
 
 Keep = Literal["input", "mlp", "attention", "all"]
 """What a layer keeps for its backward beside x: nothing; gate and up; q, k, v, attention's output and h; all four."""
@@ -52,26 +42,6 @@ class Place(NamedTuple):
     host: HostStore
     x: bool = False
     gate_up: bool = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """What all layers of one pass share.
-
-    Attributes:
-        sequences: where attention may look.
-        cos, sin: (N, head_dim / 2) fp32, one row a token.
-        dtype: of products; x itself may be fp32.
-        seed: () int64 on the device, or None where no dropout is on.
-        frugal: unpack weights again rather than hold them from the recomputation to the backward.
-    """
-
-    sequences: Sequences
-    cos: torch.Tensor
-    sin: torch.Tensor
-    dtype: torch.dtype
-    seed: torch.Tensor | None = None
-    frugal: bool = False
 
 
 class _Attention(NamedTuple):
@@ -134,49 +104,6 @@ def _kept_gate_up(kept: _Kept, spec: LayerSpec) -> Rows | None:
     return Rows(buffer[:, : group.rows], buffer[:, group.rows :], buffer)
 
 
-class _Operands:
-    """A group with its weights, its masks, its input rows, and whether T stands in the rows already."""
-
-    def __init__(self, group: Group, tokens: int, call: Call, *, extended: bool, known: bool) -> None:
-        self.group, self.known, self._call, self._extended = group, known, call, extended
-        self.bits = draw_bits(group, tokens, call.seed)
-        self._weights: Weights | None = None
-        self.rows: Rows
-
-    @property
-    def weights(self) -> Weights:
-        if self._weights is None:
-            self._weights = assemble(self.group, self._call.dtype, extended=self._extended)
-        return self._weights
-
-    def pause(self) -> None:
-        """Called where the weights are not needed for a while."""
-        if self._call.frugal:
-            self._weights = None
-
-    def fill_tail(self) -> None:
-        if not self.known:
-            low_rank(self.rows, self.group, self.weights, self.bits)
-
-    def forward(self, **options: Any) -> torch.Tensor:
-        return group_forward(self.rows, self.group, self.weights, self.bits, known=self.known, **options)
-
-    def backward(self, dy: Rows) -> torch.Tensor:
-        return group_backward(dy, self.group, self.weights, self.bits)
-
-    def grads(self, dy: Rows) -> list[torch.Tensor]:
-        return adapter_grads(dy, self.rows, self.group, self.bits)
-
-
-def _prepare(group: Group, tokens: int, call: Call, tail: torch.Tensor | None) -> _Operands:
-    """Operands with uninitialised rows for the input; T as it was, where it was kept."""
-    operands = _Operands(group, tokens, call, extended=prefers_extended(group, tokens), known=tail is not None)
-    operands.rows = new_rows(tokens, group.columns, group.width, operands.weights)
-    if tail is not None:
-        operands.rows.tail.copy_(tail)
-    return operands
-
-
 def _norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -185,14 +112,14 @@ def _norm(
     call: Call,
     tail: torch.Tensor | None = None,
     copy: torch.Tensor | None = None,
-) -> tuple[_Operands, torch.Tensor]:
+) -> tuple[Operands, torch.Tensor]:
     """norm(x) as the input of `group`, and the norm's reciprocal deviation (N,); x itself into `copy`."""
-    operands = _prepare(group, x.shape[0], call, tail)
+    operands = prepare(group, x.shape[0], call, tail)
     _, rstd = rms_norm_forward(x, weight, eps, out=operands.rows.plain, copy=copy)
     return operands, rstd
 
 
-def _attention(operands: _Operands, spec: LayerSpec, call: Call, centre: torch.Tensor | None) -> _Attention:
+def _attention(operands: Operands, spec: LayerSpec, call: Call, centre: torch.Tensor | None) -> _Attention:
     """q, k, v from the norm's output, then attention with the graph that its backward needs."""
     qkv = operands.forward()
     d, geometry = spec.head_dim, {"heads": spec.heads, "kv_heads": spec.kv_heads}
@@ -213,16 +140,16 @@ def _qk_bias(spec: LayerSpec) -> torch.Tensor | None:
     return torch.cat([spec.q_bias.detach(), spec.k_bias.detach()])
 
 
-def _o_operands(attention: _Attention, spec: LayerSpec, call: Call, tail: torch.Tensor | None = None) -> _Operands:
+def _o_operands(attention: _Attention, spec: LayerSpec, call: Call, tail: torch.Tensor | None = None) -> Operands:
     """Attention's output lies where attention put it, so o_proj has the separate form."""
     group, rows = spec.o, attention.output.detach().flatten(1)
     quantised = isinstance(group.projections[0].weight, Quantised)
-    operands = _Operands(group, rows.shape[0], call, extended=quantised, known=tail is not None)
+    operands = Operands(group, rows.shape[0], call, extended=quantised, known=tail is not None)
     operands.rows = rows_of(rows, group.width, tail)
     return operands
 
 
-def _gate_up(operands: _Operands, spec: LayerSpec) -> Rows:
+def _gate_up(operands: Operands, spec: LayerSpec) -> Rows:
     """[gate | up], with room behind it for what the backward appends to its gradient."""
     group = spec.gate_up
     room = new_rows(operands.rows.plain.shape[0], group.rows, group.width, operands.weights)
@@ -258,7 +185,7 @@ class _FusedLayer(torch.autograd.Function):
         gate_up = _gate_up(operands, spec)
         tails.append(operands.rows.tail.clone())
         del operands
-        down = _prepare(spec.down, h.shape[0], call, None)
+        down = prepare(spec.down, h.shape[0], call, None)
         swiglu_forward(gate_up.plain, out=down.rows.plain)
         down.forward(residual=y, out=y)
         tails.append(down.rows.tail.clone())
@@ -278,7 +205,7 @@ class _FusedLayer(torch.autograd.Function):
             kept.host.fetch_below(spec.index)
         saved = ctx.saved_tensors[0]
         x = saved if kept.x is None else kept.host.take(kept.x)
-        dy = dy.contiguous()
+        own = call.handed.take(dy, spec.index)
         ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
         need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
         attention, h = kept.attention, kept.h
@@ -290,13 +217,14 @@ class _FusedLayer(torch.autograd.Function):
         operands.fill_tail()
         operands.pause()
         gate_up, kept = _kept_gate_up(kept, spec), kept._replace(gate_up=None)
-        dh, mlp_grads, d_norm2 = _mlp_backward(dy, h, gate_up, tails, spec, call, need_norm2)
+        dh, mlp_grads, d_norm2 = _mlp_backward(dy, own, h, gate_up, tails, spec, call, need_norm2)
         del gate_up  # attention's gradients take its place
-        d_qkv, o_grads = _attention_backward(dh.to(call.dtype), attention, operands, tails, spec, call)
+        d_qkv, o_grads = _attention_backward(dh, attention, operands, tails, spec, call)
         dx, d_norm1 = None, None
         if need_dx or need_norm1:
-            dn = operands.backward(d_qkv)
-            dx, d_norm1 = rms_norm_backward(dn, x, spec.norm1, rstd1, residual_grad=dh, need_weight=need_norm1, out=dh)
+            dn, both = operands.backward(d_qkv), {"residual_grad": dh.plain, "out": dh.plain}
+            _, d_norm1 = rms_norm_backward(dn, x, spec.norm1, rstd1, need_weight=need_norm1, **both)
+            dx = call.handed.give(dh, spec.index)
         else:
             project_back(d_qkv, spec.qkv, operands.weights)
         grads = [*operands.grads(d_qkv), *o_grads, *mlp_grads, d_norm1, d_norm2]
@@ -309,34 +237,39 @@ class _FusedLayer(torch.autograd.Function):
 
 def _mlp_backward(
     dy: torch.Tensor,
+    own: Rows | None,
     h: torch.Tensor,
     gate_up: Rows | None,
     tails: _Tails,
     spec: LayerSpec,
     call: Call,
     need_norm: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
-    """(dh, gradients of the adapters of gate, up and down, gradient of the norm's weight)."""
+) -> tuple[Rows, list[torch.Tensor], torch.Tensor | None]:
+    """(dh with room for o's columns, gradients of the adapters of gate, up and down, gradient of the norm's weight).
+
+    `own` is dy where it is ours to overwrite, and dh then takes its place.
+    """
     operands, rstd = _norm(h, spec.norm2, spec.eps, spec.gate_up, call, tails.gate_up)
     if gate_up is None:
         gate_up = _gate_up(operands, spec)
     operands.fill_tail()
     operands.pause()
-    d_gate_up, down_grads = _down_backward(dy.to(call.dtype), gate_up, tails, spec, call)
+    dy = dy if own is not None else dy.contiguous()  # autograd may pass an expanded gradient
+    d_gate_up, down_grads = _down_backward(dy, own, gate_up, tails, spec, call)
     dn = operands.backward(d_gate_up)
     grads = operands.grads(d_gate_up)
-    dh, d_norm = rms_norm_backward(dn, h, spec.norm2, rstd, residual_grad=dy, need_weight=need_norm)
+    dh = own if own is not None and own.tail.shape[1] == spec.o.width else with_room(h, spec.o.width)
+    _, d_norm = rms_norm_backward(dn, h, spec.norm2, rstd, residual_grad=dy, need_weight=need_norm, out=dh.plain)
     return dh, [*grads, *down_grads], d_norm
 
 
 def _down_backward(
-    dy: torch.Tensor, gate_up: Rows, tails: _Tails, spec: LayerSpec, call: Call
+    dy: torch.Tensor, own: Rows | None, gate_up: Rows, tails: _Tails, spec: LayerSpec, call: Call
 ) -> tuple[Rows, list[torch.Tensor]]:
     """(d[gate | up], written over gate_up; gradients of down's adapters)."""
     group, tail, tokens = spec.down, tails.down, dy.shape[0]
-    operands = _Operands(group, tokens, call, extended=prefers_extended(group, tokens), known=tail is not None)
-    d_rows = new_rows(tokens, group.rows, group.width, operands.weights)
-    copy_rows(dy, d_rows.plain)  # cheaper than adding LoRA's part to the wider gradient of silu(gate) up
+    operands = Operands(group, tokens, call, extended=prefers_extended(group, tokens), known=tail is not None)
+    d_rows = operands.gradient(dy, own)
     inner = operands.backward(d_rows)  # its gradient first, and then silu(gate) up itself: here memory is at its peak
     swiglu_backward(inner, gate_up.plain, h_out=inner, out=gate_up.plain)
     operands.rows = rows_of(inner, group.width, tail)
@@ -345,16 +278,16 @@ def _down_backward(
 
 
 def _attention_backward(
-    dh: torch.Tensor, attention: _Attention, qkv: _Operands, tails: _Tails, spec: LayerSpec, call: Call
+    dh: Rows, attention: _Attention, qkv: Operands, tails: _Tails, spec: LayerSpec, call: Call
 ) -> tuple[Rows, list[torch.Tensor]]:
     """(d[q | k | v] before bias and RoPE, gradients of o's adapters)."""
     operands = _o_operands(attention, spec, call, tails.o)
     operands.fill_tail()
-    d_rows = rows_of(dh, spec.o.width)
+    d_rows = operands.gradient(dh.plain, dh)
     d_output = operands.backward(d_rows)
     grads = operands.grads(d_rows)
     dq, dk, dv = torch.autograd.grad(attention.output, attention.leaves, d_output.view_as(attention.output))
-    d_qkv = new_rows(dh.shape[0], spec.qkv.rows, spec.qkv.width, qkv.weights)
+    d_qkv = new_rows(dh.plain.shape[0], spec.qkv.rows, spec.qkv.width, qkv.weights)
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     d_q, d_k, d_v = torch.split(d_qkv.plain, [queries, keys, keys], 1)
     rope_backward(dq.flatten(1).contiguous(), call.cos, call.sin, heads=spec.heads, kv_heads=0, out=d_q)

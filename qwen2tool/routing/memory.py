@@ -39,6 +39,7 @@ class Sizes:
         bus: bytes a second from device to host; PCIe 5 reaches 47e9.
         embedding_on_host: the table is there already (and not in `static`).
         stream_itemsize: bytes of a number between layers, 0: `itemsize`.
+        packed: the frozen linears are in 4 bits.
     """
 
     tokens: int
@@ -56,6 +57,7 @@ class Sizes:
     bus: float = 40e9
     embedding_on_host: bool = False
     stream_itemsize: int = 0
+    packed: bool = False
 
     @property
     def input(self) -> int:
@@ -97,17 +99,18 @@ class Sizes:
 
     @property
     def mlp_backward(self) -> int:
-        """Of one layer: the gradients of its output and of h, silu(gate) up or its gradient, two rows of H."""
-        return self.tokens * (self.intermediate + 2 * self.hidden) * self.itemsize + 2 * self.input
+        """Of one layer: the gradient of its output, in which that of h will stand; silu(gate) up or its gradient; two
+        rows of H."""
+        return self.tokens * (self.intermediate + 2 * self.hidden) * self.itemsize + self.input
 
     @property
     def attention_backward(self) -> int:
-        """Of one layer: those two gradients, a row of H, the gradient of attention's output, those of q, k and v as
-        attention gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
+        """Of one layer: that gradient, a row of H, the gradient of attention's output, those of q, k and v as attention
+        gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
         qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
         weights = (qkv + self.query_columns) * self.hidden
         activations = self.tokens * ((2 * qkv + row) * self.itemsize + 4 * self.query_columns)
-        return weights * self.itemsize + activations + 2 * self.input
+        return weights * self.itemsize + activations + self.input
 
     def mlp_backward_weights(self, frugal: bool) -> int:
         """Unpacked at once in the backward of one layer's MLP, adapters among them."""
@@ -131,6 +134,27 @@ class Sizes:
         weights = self.hidden * (self.query_columns + 2 * self.kv_columns + 2 * self.intermediate)
         return weights * 2.5 / COPIES * PRODUCTS
 
+    @property
+    def unpacking_always(self) -> float:
+        """What forward and backward of one layer spend on unpacking all its linears, counted likewise."""
+        attention = self.hidden * (2 * self.query_columns + 2 * self.kv_columns)
+        return 2 * (attention + 3 * self.hidden * self.intermediate) * 2.5 / COPIES * PRODUCTS
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of one layer's linears unpacked, with their adapters behind them."""
+        h, i, r, q = self.hidden, self.intermediate, self.rank_columns, self.query_columns
+        qkv, gate_up = (q + 2 * self.kv_columns + 3 * r) * (h + 3 * r), (2 * i + 2 * r) * (h + 2 * r)
+        return (qkv + (h + r) * (q + r) + gate_up + self._down_weights) * self.itemsize
+
+    def chunking(self, rows: int) -> float:
+        """What `rows` logits at a time cost beside 1024, counted likewise: the head is read twice a chunk, which takes
+        longer than the products of fewer than 260 rows, and a chunk's launches take 30 us."""
+        head = self.vocabulary * self.hidden
+        waiting = max(head * self.itemsize / COPIES * PRODUCTS - 2.0 * rows * head, 0.0)
+        launches = 30e-6 * PRODUCTS
+        return self.tokens * ((2 * waiting + launches) / rows - launches / 1024)
+
     def head(self, rows: int) -> int:
         """Bytes of the head's scratch for `rows` logits at a time, beside its input, normed, and its gradient."""
         return rows * self.vocabulary * HEAD_BYTES_PER_LOGIT + 3 * self.input
@@ -147,6 +171,7 @@ class MemoryPlan:
         host_embedding: the embedding table waits on the host.
         head_rows: logits at a time, None for the op's own choice.
         frugal: weights are unpacked again instead of held from the recomputation to the backward.
+        layers_unpacked: so many layers, from the first, keep their 4-bit weights unpacked all the time.
         estimate: bytes at the peak.
         saved: products that the backward need not repeat, in floating-point operations.
     """
@@ -157,6 +182,7 @@ class MemoryPlan:
     host_embedding: bool = False
     head_rows: int | None = None
     frugal: bool = False
+    layers_unpacked: int = 0
     estimate: int = 0
     saved: float = 0.0
 
@@ -166,6 +192,7 @@ class MemoryPlan:
             f"{self.host_inputs} layer inputs on the host" if self.host_inputs else "",
             f"gate and up of {len(self.host_gate_up)} on the host" if self.host_gate_up else "",
             "embedding on the host" if self.host_embedding else "",
+            f"weights of {self.layers_unpacked} unpacked" if self.layers_unpacked else "",
         )
         return "; ".join([f"kept {kept}", *filter(None, moved)])
 
@@ -178,6 +205,7 @@ class MemoryPlan:
             "embedding_on_host": self.host_embedding,
             "head_rows": self.head_rows,
             "frugal": self.frugal,
+            "layers_unpacked": self.layers_unpacked,
             "estimated_bytes": self.estimate,
         }
 
@@ -204,7 +232,7 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
         for host_inputs in (0, sizes.layers - 1) if host and recompute != "none" and sizes.layers > 1 else (0,):
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
-                for frugal, rows in product((False, True), (1024, 512, 256, 128)):
+                for frugal, rows in product((False, True), (1024, 512, 256, 128, 64)):
                     yield _plan(sizes, level, host_embedding, host_inputs, share, rows, frugal)
 
 
@@ -213,8 +241,8 @@ def _plan(
 ) -> MemoryPlan:
     chosen = frozenset(i for i in range(host_inputs) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
-    # Reading embeddings over the bus and small chunks of logits cost a little; it breaks ties.
-    cost = host_embedding * sizes.input / sizes.bus * PRODUCTS + (1024 / rows - 1) * 0.02 * sizes.mlp_products
+    # Reading embeddings over the bus costs a little; it breaks ties.
+    cost = host_embedding * sizes.input / sizes.bus * PRODUCTS + sizes.chunking(rows)
     cost += sizes.layers * sizes.unpacking if frugal else 0.0
     saved = len(chosen) * sizes.mlp_products - cost
     if level == "all":
@@ -229,38 +257,45 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
     Layers below the one at work have what they keep, in the backward those above have given it back. So what the last
     layer keeps takes the place of what it would recompute, and costs next to nothing.
     """
-    static = sizes.static - (sizes.embedding if plan.host_embedding else 0)
+    static = sizes.static - (sizes.embedding if plan.host_embedding else 0) + plan.layers_unpacked * sizes.unpacked
+    attention, mlp, tails, x = sizes.attention, sizes.mlp, sizes.tails, sizes.input
     kept = [
-        sizes.tails
-        + (sizes.attention if level in ("attention", "all") else 0)
-        + (sizes.mlp if level in ("mlp", "all") and index not in plan.host_gate_up else 0)
+        tails
+        + (attention if level in ("attention", "all") else 0)
+        + (mlp if level in ("mlp", "all") and index not in plan.host_gate_up else 0)
         for index, level in enumerate(plan.keep)
     ]
-    leaving = [sizes.mlp if index in plan.host_gate_up else 0 for index in range(sizes.layers)]
-    in_mlp = sizes.mlp_backward + sizes.mlp_backward_weights(plan.frugal)
+    leaving = [mlp if index in plan.host_gate_up else 0 for index in range(sizes.layers)]
+    # Gate and up, kept or recomputed, are gone when attention's turn comes.
+    in_mlp = sizes.mlp_backward + sizes.mlp_backward_weights(plan.frugal) + mlp
+    in_layer = tails + attention + max(in_mlp, sizes.attention_backward)
+    in_forward = sizes.forward
     below, highest = 0, 0
     for index in range(sizes.layers):
         # Forward: its own input, with the host those of two layers that are on their way there.
         inputs = min(index + 1, 3) if plan.host_inputs else index + 1
-        forward = inputs * sizes.input + sum(leaving[max(index - 2, 0) : index]) + sizes.forward
+        forward = inputs * x + sum(leaving[max(index - 2, 0) : index]) + in_forward
         # Backward: its own input, with the host the one of the layer below, on its way back.
         inputs = min(index + 1, 2) if plan.host_inputs else index + 1
-        arriving = leaving[index - 1] if index else 0
-        # Gate and up, kept or recomputed, are gone when attention's turn comes.
-        work = max(in_mlp + sizes.mlp, sizes.attention_backward)
-        backward = sizes.tails + sizes.attention + inputs * sizes.input + arriving + work
+        backward = inputs * x + (leaving[index - 1] if index else 0) + in_layer
         highest = max(highest, below + forward, below + backward)
         below += kept[index]
     inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers
-    at_head = inputs * sizes.input + sum(leaving[-2:]) + sizes.head(plan.head_rows or 1024)
+    at_head = inputs * x + sum(leaving[-2:]) + sizes.head(plan.head_rows or 1024)
     return WORKSPACES + static + max(highest, below + at_head)
 
 
 def _lift(sizes: Sizes, plan: MemoryPlan, budget: int) -> MemoryPlan:
-    """Lifts as many layers as fit, the last ones of a level first: attention of all before gate and up."""
+    """Lifts as many layers as fit, the last ones of a level first: attention of all before gate and up. What is left
+    keeps weights unpacked, which saves a fifth as much a byte."""
     plan = _lift_level(sizes, plan, budget, "input", "attention", sizes.attention_products)
     plan = _lift_level(sizes, plan, budget, "mlp", "all", sizes.attention_products)
-    return _lift_level(sizes, plan, budget, "attention", "all", sizes.mlp_products)
+    plan = _lift_level(sizes, plan, budget, "attention", "all", sizes.mlp_products)
+    if not sizes.packed:
+        return plan
+    count = min((budget - plan.estimate) // sizes.unpacked, sizes.layers)
+    lifted = replace(plan, layers_unpacked=count, saved=plan.saved + count * sizes.unpacking_always)
+    return replace(lifted, estimate=peak(sizes, lifted))
 
 
 def _lift_level(sizes: Sizes, plan: MemoryPlan, budget: int, before: Keep, after: Keep, gain: float) -> MemoryPlan:

@@ -40,6 +40,7 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         embedding=table.numel() * table.element_size() if movable else 0,
         embedding_on_host=on_device and table.device != head.device,
         bus=_bus_rate(head.device) if head.is_cuda else Sizes.bus,
+        packed=any(getattr(p, "quant_type", None) for p in model.parameters()),
     )
 
 

@@ -8,6 +8,8 @@ Inside a pass, a layer that cannot be fused runs as transformers' own layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from qwen2tool.kernels.rope import key_centre
 from qwen2tool.routing.attention import safe_attention
 from qwen2tool.routing.examine import LayerSpec, NeedsBatch, NotFused, examine_norm, examine_stack
 from qwen2tool.routing.host import HostStore
-from qwen2tool.routing.layer import Call, Keep, Place, fused_layer
+from qwen2tool.routing.layer import Keep, Place, fused_layer
 from qwen2tool.routing.memory import MemoryPlan
+from qwen2tool.routing.operands import Call, Handed, Unpacked, with_room
 from qwen2tool.routing.sequences import Flat, flatten
 
 PASSED_ON = ("output_hidden_states", "output_attentions", "cache_position")
@@ -52,7 +55,7 @@ class RoutedStack(nn.Module):
         self.__dict__["_modules"] = original._modules
         object.__setattr__(self, "original", original)  # not a sub-module: its parameters would be named twice
         self.memory, self.residual_dtype, self.reference = memory, residual_dtype, reference
-        self._host = HostStore()
+        self._host, self._unpacked = HostStore(), Unpacked()
         self._centres: dict[int, tuple[Any, torch.Tensor | None]] = {}
         self.train(original.training)
 
@@ -165,7 +168,8 @@ class RoutedStack(nn.Module):
         half = angles[0].shape[-1] // 2
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
-        call = Call(flat.sequences, cos, sin, dtype, seed, frugal=self.memory is not None and self.memory.frugal)
+        bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=self.memory is not None and self.memory.frugal)
+        unpacked = replace(bare, unpacked=self._unpacked)
         for index, (layer, spec) in enumerate(zip(self.layers, layers, strict=True)):
             if isinstance(spec, NotFused):
                 x = self._reference_layer(layer, index, x, flat, dtype)
@@ -173,16 +177,17 @@ class RoutedStack(nn.Module):
             x = fused_layer(
                 x,
                 spec,
-                call,
+                unpacked if self.memory is not None and index < self.memory.layers_unpacked else bare,
                 centre=self._centre(index, spec),
                 keep=self._kept(index, layer),
                 place=self._place(index, x),
             )
         try:
-            return rms_norm(x, *examine_norm(self.norm)).to(dtype)
+            weight, eps = examine_norm(self.norm)
         except NotFused:
             y: torch.Tensor = self.norm(x).to(dtype)
             return y
+        return rms_norm(x, weight, eps, room=_room_for_gradient(bare.handed, layers)).to(dtype)
 
     def _draws_masks(self) -> bool:
         return any(
@@ -243,6 +248,15 @@ class RoutedStack(nn.Module):
     def _window(self, index: int) -> int | None:
         config = self.original.config
         return config.sliding_window if config.layer_types[index] == "sliding_attention" else None
+
+
+def _room_for_gradient(handed: Handed, layers: list[LayerSpec | NotFused]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the last norm's gradient is written to: rows that the last layer may go on with."""
+    last = layers[-1] if layers else None
+    if not isinstance(last, LayerSpec):
+        return torch.empty_like
+    width = last.down.width
+    return lambda x: handed.give(with_room(x, width), len(layers))
 
 
 def block_mask(flat: Flat, window: int | None = None) -> torch.Tensor:

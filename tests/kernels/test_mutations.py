@@ -184,7 +184,7 @@ MUTATIONS = {
     "a chunk's targets begin early": Mutation("kernels.head:score_rows", first_row_twice, "head"),
     "keys centred in part": Mutation("routing.layer:rope_forward", half_centred, "layer"),
     "one head not centred": Mutation("kernels.rope:_launch", one_head_uncentred, "rope"),
-    "no dA of one adapter": Mutation("routing.layer:adapter_grads", lost_gradient, "layer"),
+    "no dA of one adapter": Mutation("routing.operands:adapter_grads", lost_gradient, "layer"),
     "no dA of one adapter, in the group": Mutation("kernels.lora:adapter_grads", lost_gradient, "lora"),
     "the wrong sign in RoPE's backward": Mutation("routing.layer:rope_backward", swapped_sign, "layer"),
     "no inverse in RoPE's backward": Mutation(
@@ -208,7 +208,7 @@ MUTATIONS = {
         "kernels.rmsnorm:_launch_forward", lambda old: lambda x, w, eps, *rest: old(x, w, 0.0, *rest), "norm"
     ),
     "no gradient of the residual": Mutation("routing.layer:rms_norm_backward", without("residual_grad"), "layer"),
-    "no residual": Mutation("routing.layer:group_forward", without("residual"), "layer"),
+    "no residual": Mutation("routing.operands:group_forward", without("residual"), "layer"),
     "nibbles swapped": Mutation("kernels.nf4:_launch", swapped_nibbles, "nf4"),
     "nibbles swapped, in a group": Mutation("kernels.nf4:dequantise_reference", swapped_nibbles, "lora nf4"),
     "padding ignored": Mutation("routing.stack:flatten", without_mask, "padding"),
@@ -220,7 +220,7 @@ MUTATIONS = {
         lambda old: lambda dy, x, weight, *rest: old(dy, x, torch.ones_like(weight), *rest),
         "norm back",
     ),
-    "dA of kept rows lost": Mutation("routing.layer:adapter_grads", lost_gradient, "layer, all kept"),
+    "dA of kept rows lost": Mutation("routing.operands:adapter_grads", lost_gradient, "layer, all kept"),
     "predictions a row late": Mutation(
         "training.forward:token_log_probs",
         lambda old: lambda hidden, *rest, **options: old(hidden.roll(1, 0), *rest, **options),

@@ -13,6 +13,7 @@ from transformers import Qwen2ForCausalLM
 import qwen2tool.kernels.lora
 import qwen2tool.routing.examine
 import qwen2tool.routing.layer
+import qwen2tool.routing.operands
 from qwen2tool.checkpoint.adapter import open_adapter
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import load_model
@@ -90,13 +91,13 @@ def gradient_becomes(value):
     """The gradient of o_proj's A, which comes first in its group, turned into something else."""
 
     def plant(monkeypatch):
-        right = qwen2tool.routing.layer.adapter_grads
+        right = qwen2tool.routing.operands.adapter_grads
 
         def wrong(dy, x, group, bits=None):
             found = right(dy, x, group, bits)
             return [value(found[0]), *found[1:]] if len(group.projections) == 1 and group.stream % 4 == 1 else found
 
-        monkeypatch.setattr(qwen2tool.routing.layer, "adapter_grads", wrong)
+        monkeypatch.setattr(qwen2tool.routing.operands, "adapter_grads", wrong)
 
     return plant
 
