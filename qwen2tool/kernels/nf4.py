@@ -14,7 +14,9 @@ bitsandbytes launches three kernels (absmax, offset, weights) and returns a tens
 straight into rows of any stride, such as the first K columns of a (O, K + r) buffer that goes on as [W | B].
 
 Cost: 0.5 bytes read a weight (and 1/blocksize for the scale) and 2 written for 16-bit outputs, so 2.5 bytes where a
-copy of the result moves 4. Arithmetic is 15 instructions a weight, where an H100 can issue about 25 in that time.
+copy of the result moves 4. An H200 can issue 18 instructions a weight in that time (132 multiprocessors, 1.755 GHz,
+4.2 TB/s). The sm_90 code has 8.9 for contiguous 16-bit outputs and 10.9 to 11.1 for strided rows (12.1 and up to 15.9
+for fp32, which has time for 32); 4.5 of them take the nibble out, look it up, multiply and round.
 
 Source: Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3 and the format as bitsandbytes 0.50 stores it.
 """
@@ -74,7 +76,7 @@ def from_bnb(weight: Any) -> Quantised:
     nested = state.state2
     require(nested is None or nested.dtype == torch.float32, "from_bnb", "nested scales are not fp32")
     return Quantised(
-        packed=weight.data.reshape(-1).view(torch.uint8),
+        packed=weight.detach().reshape(-1).view(torch.uint8),  # not `.data`, which forgets that it was written to
         absmax=state.absmax if nested is not None else state.absmax.float(),
         code=state.code.float(),
         blocksize=state.blocksize,
@@ -103,26 +105,8 @@ def dequantise_reference(q: Quantised, dtype: torch.dtype) -> torch.Tensor:
     return (q.code[nibbles.long()] * scale).view(q.shape).to(dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _segment_scales(
-    absmax: tl.tensor,
-    nested_absmax: tl.tensor,
-    nested_code: tl.tensor,
-    offset: tl.tensor,
-    block: tl.tensor,
-    inside: tl.tensor,
-    NESTED: tl.constexpr,
-    OUTER: tl.constexpr,
-) -> tl.tensor:
-    """The fp32 scale of each segment; compiled without fused multiply-add."""
-    scale = tl.load(absmax + block, mask=inside, other=0)
-    if NESTED:
-        outer = tl.load(nested_absmax + block // OUTER, mask=inside, other=0.0)
-        scale = tl.load(nested_code + scale.to(tl.int32), mask=inside, other=0.0) * outer + tl.load(offset)
-    return scale
-
-
-@triton.jit  # type: ignore[untyped-decorator]
+# `units` is never compiled in: 1 would become a constant, which has no type.
+@triton.jit(do_not_specialize=["units", "inverse"])  # type: ignore[untyped-decorator]
 def _dequantise_kernel(
     packed: tl.tensor,  # uint8, or int32 where WORDS
     absmax: tl.tensor,
@@ -132,59 +116,80 @@ def _dequantise_kernel(
     code: tl.tensor,
     out: tl.tensor,
     count: tl.tensor,  # weights
-    words: tl.tensor,  # 32-bit words of packed
-    columns: tl.tensor,  # weights to a row of out
-    stride: tl.tensor,  # of a row of out, in units of UNIT elements
+    gap: tl.tensor,  # elements between two rows of out, in units of UNIT
+    units: tl.tensor,  # pieces of CUT weights to a row
+    inverse: tl.tensor,  # 2**30 / units, rounded up; not read where LONG
     UNIT: tl.constexpr,
     NESTED: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     OUTER: tl.constexpr,  # blocks to a nested block
     WORDS: tl.constexpr,  # packed is read by 32-bit words
-    WHOLE: tl.constexpr,  # no segment runs over the end of a row
+    FLAT: tl.constexpr,  # out is contiguous
+    CUT: tl.constexpr,  # rows end at multiples of it only; divides SEG
+    LONG: tl.constexpr,  # a row holds as many weights as a program writes, or more
     SEG: tl.constexpr,
     SEGS: tl.constexpr,
 ) -> None:
-    start = tl.program_id(0).to(tl.int64) * (SEGS * SEG)
-    begin = start + tl.arange(0, SEGS) * SEG
-    scale = _segment_scales(
-        absmax, nested_absmax, nested_code, offset, begin // BLOCKSIZE, begin < count, NESTED, OUTER
-    )
-    within = tl.arange(0, SEGS * SEG)
-    inside = start + within < count
+    size: tl.constexpr = SEG * SEGS
+    pieces: tl.constexpr = size // CUT
+    # Bases in 64 bits once a program, the rest in 32: a thread then adds its own offset to few addresses.
+    start = tl.program_id(0).to(tl.int64) * size
+    left = tl.minimum(count - start, size).to(tl.int32)
+    here = tl.arange(0, pieces)[:, None] * CUT + tl.arange(0, CUT)[None, :]
+    inside = here < left
+    # All loads that wait for nothing come before the first that does.
+    at = tl.arange(0, SEGS) * SEG
+    held = at < left
+    block = start // BLOCKSIZE
+    scale = tl.load(absmax + block + at // BLOCKSIZE, mask=held)
+    if NESTED:
+        shift = tl.load(offset)
+        if BLOCKSIZE * OUTER % size == 0:
+            outer = tl.load(nested_absmax + block // OUTER)
+        else:
+            outer = tl.load(nested_absmax + (block + at // BLOCKSIZE) // OUTER, mask=held)
+    table = tl.load(code + tl.arange(0, 16))
     if WORDS:
         # Byte order in a word is little-endian and the high nibble comes first: weight j sits at bit 4 * (j ^ 1).
-        word = start // 8 + tl.arange(0, SEGS * SEG // 8)
-        bits = tl.load(packed + word, mask=word < words, other=0)
-        shift = (tl.arange(0, 8) ^ 1) * 4
-        nibble = tl.reshape((bits[:, None] >> shift[None, :]) & 15, (SEGS * SEG,))
+        # The bound is whole segments, as then the compiler sees that 16 bytes are inside together.
+        word = tl.arange(0, size // 8)
+        bits = tl.load(packed + start // 8 + word, mask=word < left // SEG * (SEG // 8))
+        nibble = tl.reshape((bits[:, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, :]) & 15, (size,))
     else:
-        byte = tl.load(packed + (start + within) // 2, mask=inside, other=0).to(tl.int32)
-        nibble = (byte >> (4 - 4 * (within % 2))) & 15
-    # The code is one line of L1: a load there is one instruction, where a tree of selects is fifteen at half rate.
-    weight = tl.load(code + nibble) * tl.reshape(tl.broadcast_to(scale[:, None], (SEGS, SEG)), (SEGS * SEG,))
-    row = start // columns
-    # One division a segment where a segment lies in one row. Subtraction, not %: the compiler then still sees that
-    # neighbours stay neighbours, and stores 16 bytes at a time.
-    cut: tl.constexpr = SEG if WHOLE else 1
-    local = (start - row * columns).to(tl.int32) + within // cut * cut
-    down = local // columns
-    target = (row + down) * (stride * UNIT) + (local - down * columns + within % cut)
-    tl.store(out + target, weight.to(out.dtype.element_ty), mask=inside)
+        byte = tl.load(packed + start // 2 + here // 2, mask=inside).to(tl.int32)
+        nibble = tl.reshape((byte >> (4 - 4 * (here % 2))) & 15, (size,))
+    if NESTED:
+        scale = tl.load(nested_code + scale.to(tl.int32), mask=held) * outer + shift
+    # The gather reads shared memory: an address of 32 bits, and 16 values in 16 banks.
+    weight = tl.reshape(tl.gather(table, nibble, 0), (SEGS, SEG)) * scale[:, None]
+    target = out + start + here
+    if not FLAT:
+        # Weight i of row r lands at i + r * gap. Each piece of CUT weights lies in one row.
+        unit = (tl.program_id(0) * pieces).to(tl.uint32)
+        row = unit // units.to(tl.uint32)
+        local = (unit - row * units.to(tl.uint32)).to(tl.int32) + tl.arange(0, pieces)
+        # local // units: 0 or 1 in long rows, else by the inverse, exact where local * units < 2**30.
+        down = (local >= units).to(tl.int64) if LONG else (local.to(tl.int64) * inverse) >> 30
+        target += row.to(tl.int64) * (gap * UNIT) + down[:, None] * (gap * UNIT)
+    tl.store(target, tl.reshape(weight, (pieces, CUT)).to(out.dtype.element_ty), mask=inside)
 
 
 def _launch(q: Quantised, out: torch.Tensor) -> None:
-    count = q.shape[0] * q.shape[1]
-    # A contiguous output is one long row, in which no segment can be cut.
-    columns = count if out.is_contiguous() and count < 2**30 else q.shape[1]
-    stride = columns if columns == count else out.stride(0)
-    # Triton itself tells multiples of 16 only from others, and would store single elements into rows of K + 8.
-    unit = math.gcd(16, stride)
+    rows, columns = q.shape
+    count = rows * columns
     seg = min(SEGMENT, q.blocksize)
+    # 4096 weights to 128 threads: 16 bytes read and four stores of 16 bytes (bf16) a thread. At 32 registers a thread,
+    # 16 such programs fill a multiprocessor of Hopper.
+    size = max(seg, 4096)
+    flat = out.is_contiguous()
+    gap = 0 if flat else out.stride(0) - columns
+    # Triton itself tells multiples of 16 only from others, and would store single elements into rows of K + 8.
+    unit = math.gcd(16, gap)
+    cut = seg if flat else math.gcd(seg, columns)
+    units = 1 if flat else columns // cut
     words = count % SEGMENT == 0 and q.packed.data_ptr() % 4 == 0
-    # 4096 weights to 128 threads: 16 bytes read and four stores of 16 bytes (bf16) a thread, 2,048 programs in flight.
-    segs = max(1, 4096 // seg)
     nested = q.nested_absmax is not None
-    _dequantise_kernel[(triton.cdiv(count, seg * segs),)](
+    _dequantise_kernel[(triton.cdiv(count, size),)](
         q.packed.view(torch.int32) if words else q.packed,
         q.absmax,
         q.nested_absmax if nested else q.absmax,
@@ -193,17 +198,19 @@ def _launch(q: Quantised, out: torch.Tensor) -> None:
         q.code,
         out,
         count,
-        count // 8,
-        columns,
-        stride // unit,
+        gap // unit,
+        units,
+        triton.cdiv(2**30, units),
         UNIT=unit,
         NESTED=nested,
         BLOCKSIZE=q.blocksize,
         OUTER=q.nested_blocksize,
         WORDS=words,
-        WHOLE=columns % seg == 0 or columns == count,
+        FLAT=flat,
+        CUT=cut,
+        LONG=columns >= size,
         SEG=seg,
-        SEGS=segs,
+        SEGS=size // seg,
         num_warps=4,
         enable_fp_fusion=False,  # code2 * absmax2 + offset is two roundings
     )

@@ -73,10 +73,14 @@ def test_every_block_size(blocksize):
         assert same_bits(kernel(q, torch.bfloat16), truth(parameter, torch.bfloat16))
 
 
-@pytest.mark.parametrize("shape", [(8, 128), (33, 96), (7, 217)])
+@pytest.mark.parametrize("shape", [(8, 128), (33, 96), (7, 217), (130, 64), (3, 4160), (3, 4099)])
 @pytest.mark.parametrize("extra", [1, 8, 64])
 def test_rows_of_any_stride(shape, extra):
-    """The buffer [W | B]: the first K columns are written whole, the others are not touched."""
+    """The buffer [W | B]: the first K columns are written whole, the others are not touched.
+
+    The shapes hold many rows to a program and rows longer than a program, whole segments and none, one program and
+    several.
+    """
     q, parameter = quantised(shape)
     for dtype in DTYPES:
         buffer = torch.full((shape[0], shape[1] + extra), float("nan"), dtype=dtype, device=DEVICE)
