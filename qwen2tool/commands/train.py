@@ -29,8 +29,10 @@ def train(
     max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clipping. [0.3]")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. [1]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Records (pairs in dpo) a forward pass. [4]")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes an optimizer step. [4]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records (pairs in dpo) a micro-batch. [4]")] = None,
+    gradient_accumulation: Annotated[
+        int | None, typer.Option(help="Micro-batches a step; a GPU takes several in a pass where they fit. [4]")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a record; longer ones are cut. [1024]")] = None,
     skip_too_long: Annotated[
         bool | None, typer.Option("--skip-too-long", help="Leave out records whose answer does not fit.")

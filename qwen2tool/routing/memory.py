@@ -22,8 +22,8 @@ from qwen2tool.routing.layer import Keep
 Recompute = Literal["auto", "all", "none"]
 HEAD_BYTES_PER_LOGIT = 6
 """fp32 logits and their 16-bit gradient."""
-WORKSPACES = 100_000_000
-"""What libraries hold on a GPU beside it: cuBLAS 34 MB for each of two threads that launch, cuDNN the rest."""
+WORKSPACES = 66_000_000
+"""What libraries hold on a GPU beside it: cuBLAS 34 MB for the one thread that launches, cuDNN the rest."""
 PRODUCTS, COPIES = 650e12, 2.5e12
 """Operations a second of products, and bytes a second of device memory: a Hopper GPU's, rounded down."""
 

@@ -2,10 +2,14 @@
 
 transformers' own answer is `logging_nan_inf_filter`: it prints an average instead, steps on, and saves an adapter of
 NaN with exit code 0 (seen with Qwen2.5-0.5B on stock attention). Cost: one reduction over the gradients and one wait
-for the device a batch.
+for the device a pass.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from math import isfinite
 
 import torch
 
@@ -25,38 +29,45 @@ class Whereabouts:
         self._step = 0
         self._records: list[int] = []
 
-    def enter(self, step: int, records: torch.Tensor) -> None:
+    def enter(self, step: int, records: list[int]) -> None:
         """Marks the batch of `records` (positions in the file), which is part of optimizer step `step` (from 1)."""
-        self._step, self._records = step, records.tolist()
+        self._step, self._records = step, records
 
     def __str__(self) -> str:
         return f"step {self._step}, batch of {', '.join(self._places[r] for r in self._records)}"
 
 
-def require_finite_loss(loss: torch.Tensor, where: Whereabouts) -> None:
-    """Passes a finite scalar.
+def require_finite_loss(loss: float, where: Whereabouts) -> None:
+    """Passes a finite number.
 
     Raises:
         UserError: NaN or infinite.
     """
-    if not torch.isfinite(loss):
-        raise UserError(f"{where}: the loss is {loss.item()}", REMEDY, EXIT_FINDING)
+    if not isfinite(loss):
+        raise UserError(f"{where}: the loss is {loss}", REMEDY, EXIT_FINDING)
 
 
-def require_finite_gradients(model: torch.nn.Module, where: Whereabouts) -> None:
-    """Passes a model whose every gradient is finite.
+def norms_of(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The norm of each of G gradients, (G,): finite where all of it is."""
+    return torch.stack([norm.float() for norm in torch._foreach_norm(list(gradients))])
+
+
+def on_host(values: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    """The numbers of each tensor, all of which are waited for and fetched at once."""
+    found = iter(torch.cat([value.double().flatten() for value in values.values()]).tolist())
+    return {name: list(islice(found, value.numel())) for name, value in values.items()}
+
+
+def require_finite_gradients(norms: Mapping[str, float], where: Whereabouts) -> None:
+    """Passes norms that are all finite.
 
     Raises:
         UserError: names the first parameter with a NaN or infinite gradient, and how many more there are.
     """
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    if not named:
-        return
-    finite = torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm([grad for _, grad in named])]))
-    if not finite.all():
-        bad = [name for (name, _), good in zip(named, finite.tolist(), strict=True) if not good]
+    bad = [name for name, norm in norms.items() if not isfinite(norm)]
+    if bad:
         raise UserError(
-            f"{where}: the gradient of {bad[0]} is not finite (nor are {len(bad) - 1} more of {len(named)})",
+            f"{where}: the gradient of {bad[0]} is not finite (nor are {len(bad) - 1} more of {len(norms)})",
             REMEDY,
             EXIT_FINDING,
         )

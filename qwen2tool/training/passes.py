@@ -1,9 +1,16 @@
 """Forward and backward of one batch, eagerly or replayed from a CUDA graph; gradients add up in the parameters.
 
 A small step is bound by launches (4,000 of them at 7B): captured once, they are replayed in one. A graph fits one set
-of shapes and reads its inputs from fixed tensors, so batches are filled up to few shapes (`batches.fill_up`); a shape
-is captured when it comes a second time. Nothing inside reads the host: dropout's seed is drawn on the device, and the
-number that the loss is divided by is a tensor. The eager path runs the same kernels in the same order: the same bits.
+of shapes and reads its inputs from fixed tensors, so batches are filled up to few shapes (`batches.fill_up`). A shape
+is captured when it comes a second time. Its first time is its warm-up: loading a kernel is refused inside a capture,
+and a capture that broke off leaves torch's allocator and generator stuck in it. Nothing inside reads the host:
+dropout's seed is drawn on the device, and the number that the loss is divided by is a tensor. The eager path runs the
+same kernels in the same order: the same bits.
+
+Memory: warm-ups and captures run on one stream and from one pool, never at once, so all of them together hold what the
+largest of them needs, and not that of a warm-up beside that of the graphs. What a pool was given it keeps, and what is
+free in it is written to by the next replay: an outcome is copied out, and where a warm-up left something there that
+lives on (weights kept unpacked, say), the graphs that were captured before it go.
 """
 
 from __future__ import annotations
@@ -29,6 +36,11 @@ class _Captured(NamedTuple):
     outcome: Outcome
 
 
+class _Workshop(NamedTuple):
+    stream: torch.cuda.Stream
+    pool: torch.cuda.MemPool
+
+
 class Passes:
     """Runs `loss` forward and backward.
 
@@ -38,6 +50,8 @@ class Passes:
         context: makes the context manager of the forward (autocast).
         graphs: capture on CUDA.
         scale: what is done to the loss before its backward (fp16's loss scaling).
+        reserve: bytes that the pool takes in one piece before the first pass. Blocks of one shape seldom fit another,
+            so that a pool left to itself grows with every larger shape; pieces cut from one block grow together again.
     """
 
     def __init__(
@@ -48,13 +62,13 @@ class Passes:
         *,
         graphs: bool,
         scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+        reserve: int = 0,
     ) -> None:
         self._loss, self._parameters, self._context, self._graphs = loss, parameters, context, graphs
-        self._scale = scale
+        self._scale, self._reserve = scale, reserve
         self._seen: set[tuple[Any, ...]] = set()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
+        self._workshop: _Workshop | None = None
         self._gradients: list[torch.Tensor] = []
 
     @property
@@ -90,35 +104,59 @@ class Passes:
             parameter.grad = gradient
 
     def _run(self, batch: Batch) -> Outcome:
-        with safe_attention():
+        # In this thread: a pool serves the thread that asked for it, and another one would launch through a cuBLAS
+        # handle of its own, with 34 MB of workspace.
+        with safe_attention(), torch.autograd.set_multithreading_enabled(False):
             with self._context():
                 outcome = self._loss(batch)
             self._scale(outcome["loss"]).backward()  # type: ignore[no-untyped-call]
         return {name: value.detach() for name, value in outcome.items()}
 
     def _warm_up(self, batch: Batch) -> Outcome:
-        """On a side stream, as capture wants it: libraries set up their workspaces here."""
-        stream = self._side_stream()
+        """A shape's first pass, eagerly: kernels are compiled and loaded, libraries set up their workspaces."""
+        torch.cuda.empty_cache()  # while a pool is in use the allocator does not, not even for want of memory
+        stream, pool = self._workshop or self._set_up(batch)
+        before = _held(pool)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
             outcome = self._run(batch)
         torch.cuda.current_stream().wait_stream(stream)
-        return outcome
+        copied = {name: value.clone() for name, value in outcome.items()}
+        del outcome
+        if _held(pool) > before:
+            self._captured.clear()
+        return copied
 
-    def _side_stream(self) -> torch.cuda.Stream:
-        """One for all: what the allocator holds for a stream serves no other."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        return self._stream
+    def _set_up(self, batch: Batch) -> _Workshop:
+        """One stream for all: what the allocator holds for a stream serves no other."""
+        stream, pool = torch.cuda.Stream(), torch.cuda.MemPool()  # type: ignore[no-untyped-call]
+        if self._reserve:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # What is made once and lives on (cuBLAS's workspace, weights kept unpacked) is made out here: inside
+                # the one block it would hold all of it beyond the last pass.
+                devices = [torch.cuda.current_device()]
+                with torch.random.fork_rng(devices), torch.no_grad(), safe_attention(), self._context():
+                    self._loss(batch)
+                torch.cuda.empty_cache()
+                with torch.cuda.use_mem_pool(pool):
+                    torch.empty(self._reserve, dtype=torch.uint8, device="cuda")
+            torch.cuda.current_stream().wait_stream(stream)
+        self._workshop = _Workshop(stream, pool)
+        return self._workshop
 
     def _capture(self, shape: tuple[Any, ...], batch: Batch) -> _Captured:
-        """Records a pass without running it; all graphs share one pool of memory, since they never run at once."""
+        """Records a pass without running it."""
+        assert self._workshop is not None, "a warm-up comes first"
+        stream, pool = self._workshop
         inputs = {name: value.clone() for name, value in batch.items() if torch.is_tensor(value)}
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._side_stream()):
+        with torch.cuda.graph(graph, pool=pool.id, stream=stream):  # type: ignore[arg-type]
             outcome = self._run({**batch, **inputs})
-        self._pool = self._pool or graph.pool()
         self._captured[shape] = _Captured(graph, inputs, outcome)
         return self._captured[shape]
+
+
+def _held(pool: torch.cuda.MemPool) -> int:
+    """Bytes of a pool that something lives in."""
+    return sum(segment["allocated_size"] for segment in pool.snapshot())  # type: ignore[no-untyped-call]

@@ -61,11 +61,12 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     model = trainable_model(checked.checkpoint, settings, checked.placement)
     plans = _route(model, settings, checked.placement, checked.records)
     kind = SftTask if settings.task == "sft" else DpoTask
-    task: Task = kind(settings, model, checked.placement, checked.records, checked.held_out, graphs=plans.graphs)
+    task: Task = kind(settings, model, checked.placement, checked.records, checked.held_out, plans)
     before = task.score()
     _prepare_output(output, settings, checked.inputs, checked.resume_from)
     clock = StepClock()
-    trainer = _make_trainer(task, settings, checked.placement, output, clock)
+    arguments = trainer_arguments(settings, checked.placement, output, joined=plans.joined)
+    trainer = _make_trainer(task, arguments, output, clock)
     _run(trainer, checked.resume_from)
     trainer.release()
     save_adapter(model, settings.model, checked.inputs["base_fingerprint"], output / "adapter")
@@ -134,9 +135,15 @@ def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool)
 def _route(model: Any, settings: TrainSettings, placement: Placement, records: Records) -> Plans:
     """The model on its routes, said in a line; the largest batch that can come is what memory is planned for."""
     largest = sorted((sum(len(s.ids) for s in as_samples(item)) for item in records.items), reverse=True)
+    passes = settings.gradient_accumulation
+    tokens = {
+        count: bucket(sum(largest[: settings.batch_size * count]))
+        for count in range(1, passes + 1)
+        if passes % count == 0  # a step stays the records it is
+    }
     plans = put_on_fast_path(
         model,
-        tokens=bucket(sum(largest[: settings.batch_size])),
+        tokens=tokens[1],
         length=max(len(s.ids) for item in records.items for s in as_samples(item)),
         dtype=placement.torch_dtype,
         budget=int(settings.memory_budget * 1e9) if settings.memory_budget else None,
@@ -144,6 +151,7 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
         reference=settings.routes == "reference",
         graphs=settings.graphs == "auto",
         shapes="many",
+        joinable=tokens,
     )
     needed = plans.memory.estimate
     if settings.memory_budget and placement.device == "cuda" and needed > settings.memory_budget * 1e9:
@@ -227,16 +235,15 @@ def _prepare_output(
     keep_inputs(output, inputs)
 
 
-def _make_trainer(
-    task: Task, settings: TrainSettings, placement: Placement, output: Path, clock: StepClock
-) -> GuardedTrainer:
+def _make_trainer(task: Task, arguments: TrainingArguments, output: Path, clock: StepClock) -> GuardedTrainer:
     callbacks = [MetricsFile(output / "metrics.jsonl"), ProgressBar(), clock]
-    trainer = task.trainer(args=_arguments(settings, placement, output), callbacks=callbacks)
+    trainer = task.trainer(args=arguments, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)  # ours shows the same figures, on stderr
     return trainer
 
 
-def _arguments(settings: TrainSettings, placement: Placement, output: Path) -> TrainingArguments:
+def trainer_arguments(settings: TrainSettings, placement: Placement, output: Path, *, joined: int) -> TrainingArguments:
+    """The settings as the Trainer has them; to it, `joined` micro-batches are one."""
     options: dict[str, Any] = {
         "max_steps": settings.max_steps or -1,
         "save_strategy": "steps" if settings.save_steps else "no",
@@ -244,8 +251,8 @@ def _arguments(settings: TrainSettings, placement: Placement, output: Path) -> T
     }
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
+        per_device_train_batch_size=settings.batch_size * joined,
+        gradient_accumulation_steps=settings.gradient_accumulation // joined,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from qwen2tool.training.batches import DpoCollator, SampleDataset, SftCollator
 from qwen2tool.training.dataset import Records
 from qwen2tool.training.evaluate import DpoScore, SftScore, dpo_score, pair_log_probs, sft_score
+from qwen2tool.training.fast import Plans
 from qwen2tool.training.model import Placement
 from qwen2tool.training.settings import TrainSettings
 from qwen2tool.training.trainer import DpoTrainer, GuardedTrainer, SftTrainer
@@ -30,7 +31,7 @@ class Task(Protocol):
 
 
 class _Common:
-    """What both tasks hold: the settings, the model and where it is, the records."""
+    """What both tasks hold: the settings, the model, where it is and how it runs, the records."""
 
     def __init__(
         self,
@@ -39,15 +40,22 @@ class _Common:
         placement: Placement,
         train: Records,
         held_out: Records | None,
-        *,
-        graphs: bool,
+        plans: Plans,
     ) -> None:
         self._settings, self._model, self._placement = settings, model, placement
-        self._train, self._held_out, self._graphs = train, held_out, graphs
+        self._train, self._held_out, self._plans = train, held_out, plans
 
     def _fill(self, sequences: int) -> int | None:
         """Sequences a batch has at most where batches are filled up for graphs; a record is `sequences` of them."""
-        return self._settings.batch_size * sequences if self._graphs else None
+        return self._settings.batch_size * self._plans.joined * sequences if self._plans.graphs else None
+
+    def _how(self) -> dict[str, Any]:
+        """What a trainer of either task is told of how passes run."""
+        return {
+            "graphs": self._plans.graphs,
+            "reserve": self._plans.reserve,
+            "autocast": lambda: self._placement.autocast,
+        }
 
 
 class SftTask(_Common):
@@ -57,11 +65,10 @@ class SftTask(_Common):
         """See Task."""
         return SftTrainer(
             places=self._train.places,
-            graphs=self._graphs,
-            autocast=lambda: self._placement.autocast,
             model=self._model,
             train_dataset=SampleDataset(self._train.items),
             data_collator=SftCollator(self._fill(1)),
+            **self._how(),
             **options,
         )
 
@@ -89,11 +96,10 @@ class DpoTask(_Common):
         return DpoTrainer(
             beta=self._settings.beta,
             places=self._train.places,
-            graphs=self._graphs,
-            autocast=lambda: self._placement.autocast,
             model=self._model,
             train_dataset=SampleDataset(pairs),
             data_collator=DpoCollator(self._fill(2)),
+            **self._how(),
             **options,
         )
 

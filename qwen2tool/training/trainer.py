@@ -16,11 +16,12 @@ import torch
 from transformers import Trainer
 
 from qwen2tool.errors import EXIT_FINDING, UserError
-from qwen2tool.training.batches import IGNORED
 from qwen2tool.training.fast import settle
 from qwen2tool.training.forward import log_probs, sum_by_owner
 from qwen2tool.training.guard import (
     Whereabouts,
+    norms_of,
+    on_host,
     require_finite_gradients,
     require_finite_loss,
     require_finite_weights,
@@ -29,6 +30,10 @@ from qwen2tool.training.losses import dpo_sigmoid, reward_accuracy
 from qwen2tool.training.passes import Outcome, Passes
 
 Batch = dict[str, Any]
+ON_HOST = {"records", "tokens", "scored"}
+"""What a pass does not read."""
+NORMS = "norms of gradients"
+"""Beside what a pass reports, for the one wait of both."""
 MOST_OVERFLOWS = 20
 """Skipped steps on end in float16; a scale of 65,536 is down to 1 after 16."""
 
@@ -38,7 +43,7 @@ class GuardedTrainer(Trainer):
 
     Args:
         places: sentence for each record of the data file, for errors that name a batch.
-        graphs: capture passes (`passes.Passes`).
+        graphs, reserve: see `passes.Passes`.
         autocast: makes the context of the forward.
         options: what transformers.Trainer takes.
 
@@ -52,6 +57,7 @@ class GuardedTrainer(Trainer):
         *,
         places: list[str],
         graphs: bool = False,
+        reserve: int = 0,
         autocast: Callable[[], Any] = nullcontext,
         **options: Any,
     ) -> None:
@@ -60,8 +66,10 @@ class GuardedTrainer(Trainer):
         options["args"]._n_gpu = min(options["args"].n_gpu, 1)
         super().__init__(**options)
         self.where = Whereabouts(places)
-        self._graphs, self._autocast = graphs, autocast
+        self._graphs, self._reserve, self._autocast = graphs, reserve, autocast
         self._passes: Passes | None = None
+        self._trainable: dict[str, torch.nn.Parameter] = {}
+        self._counted: int | None = None
         self._scale, self._overflows, self._watched_step = 0.0, 0, -1
         self.step_losses: dict[int, float] = defaultdict(float)
         self.tokens, self.seconds = 0, 0.0
@@ -82,37 +90,51 @@ class GuardedTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch, checked; its share of the step's loss, (), detached."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)
+        passes = self._passes_over(model)
         self.where.enter(self.state.global_step + 1, inputs["records"])
-        batch = {name: value for name, value in inputs.items() if name not in ("records", "tokens")}
-        divisor = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=inputs["labels"].device)
-        outcome = self._passes_over(model)(batch | {"divisor": divisor})
-        loss = outcome.pop("loss")
+        batch = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in ON_HOST}
+        divisor = torch.full((), float(num_items_in_batch), device=batch["labels"].device)
+        outcome = passes(batch | {"divisor": divisor})
+        scaler = self.accelerator.scaler
+        # A loss scaler looks for gradients that overflowed itself, and skips their step.
+        watched = {} if scaler is not None else {n: p.grad for n, p in self._trainable.items() if p.grad is not None}
+        noted = on_host(outcome | ({NORMS: norms_of(watched.values())} if watched else {}))
+        (loss,), norms = noted.pop("loss"), noted.pop(NORMS, [])
         require_finite_loss(loss, self.where)
-        if self.accelerator.scaler is None:
-            require_finite_gradients(model, self.where)
-        else:
-            self._watch_scale(self.accelerator.scaler)
-        for name, values in outcome.items():
-            self._sums[name] += values.tolist()
-        self.step_losses[self.state.global_step] += loss.item()
+        require_finite_gradients(dict(zip(watched, norms, strict=True)), self.where)
+        if scaler is not None:
+            self._watch_scale(scaler)
+        for name, values in noted.items():
+            self._sums[name] += values
+        self.step_losses[self.state.global_step] += loss
         self.tokens += inputs["tokens"]
-        return loss
+        return outcome["loss"]
 
     def _passes_over(self, model: torch.nn.Module) -> Passes:
         """Made at the first step, when the Trainer has placed the model and made its loss scaler."""
         if self._passes is None:
+            model.train()  # a model's own flag may be that of training while its layers' is not
             settle(self.accelerator.unwrap_model(model))
             scaler = self.accelerator.scaler
+            self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
             self._passes = Passes(
                 partial(self.batch_loss, model),
-                [p for p in model.parameters() if p.requires_grad],
+                list(self._trainable.values()),
                 self._autocast,
                 graphs=self._graphs,
                 scale=scaler.scale if scaler is not None else lambda loss: loss,
+                reserve=self._reserve,
             )
+        elif not model.training:
+            model.train()
         return self._passes
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Trainer's own estimate; it would count the parameters anew in every pass, which takes longer than a replay
+        does to launch."""
+        if self._counted is None:
+            self._counted = self.model.num_parameters(exclude_embeddings=True)
+        return int(6 * inputs["input_ids"].numel() * self._counted)
 
     def release(self) -> None:
         """Gives back what captured passes hold of the GPU, once training is over."""
@@ -162,7 +184,7 @@ class SftTrainer(GuardedTrainer):
 
     def weight(self, batch: Batch) -> int:
         """Scored tokens."""
-        return int((batch["labels"] != IGNORED).sum())
+        return int(batch["scored"])
 
     def batch_loss(self, model: Any, batch: Batch) -> Outcome:
         """Sum over this batch's scored tokens / scored tokens of all batches of the step."""

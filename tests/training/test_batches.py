@@ -9,7 +9,7 @@ import torch
 
 from qwen2tool.data.samples import Sample
 from qwen2tool.routing.swap import route
-from qwen2tool.training.batches import IGNORED, DpoCollator, SampleDataset, SftCollator, bucket, fill_up, pack
+from qwen2tool.training.batches import IGNORED, DpoCollator, SampleDataset, SftCollator, bucket, fill_up, pack, rows_for
 from qwen2tool.training.forward import log_probs, sum_by_owner
 from tests.routing.models import lora_model
 from tests.tolerances import relative_error
@@ -44,7 +44,7 @@ def test_pack_by_hand():
     assert batch["labels"].tolist() == [13, 14, 32]
     assert batch["rows"].tolist() == [1, 2, 5], "the token before the scored one"
     assert batch["owners"].tolist() == [0, 0, 2]
-    assert batch["records"].tolist() == [7, 9, 8]
+    assert batch["records"] == [7, 9, 8]
     whole = {name: value.dtype for name, value in batch.items() if torch.is_tensor(value) and name != "offsets"}
     assert set(whole.values()) == {torch.int64}
 
@@ -64,12 +64,22 @@ def test_bucket_sizes():
     assert bucket(0) == bucket(1) == 128
 
 
-@pytest.mark.parametrize("lengths", [(5, 1, 9), (100, 28), (130,)])
+def test_rows_are_all_a_quarter_or_a_sixteenth_of_the_tokens():
+    found = {scored: rows_for(scored, 8192) for scored in (8191, 2049, 2048, 513, 512, 129, 128, 0)}
+    assert found == {8191: 8192, 2049: 8192, 2048: 2048, 513: 2048, 512: 512, 129: 512, 128: 128, 0: 128}
+    assert [rows_for(10, size) for size in (128, 256, 512, 1024, 2048, 3072)] == [128, 256, 128, 256, 128, 192]
+    sizes = sorted({bucket(count) for count in range(20_000)})
+    assert all(scored <= rows_for(scored, size) <= size for size in sizes for scored in range(0, size, 37))
+    assert all(rows_for(scored, size) % 64 == 0 for size in sizes for scored in range(0, size, 37))
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 9), (100, 28), (130,), (200, 400, 10)])
 def test_shapes_are_those_of_the_bucket(lengths):
-    """Few shapes for many batches: tokens and scored rows by `bucket`, offsets by the sequences there may be."""
+    """Few shapes for many batches: tokens by `bucket`, scored rows by those, offsets by the sequences there may be."""
     batch = pack(samples(*lengths))
     filled = fill_up(batch, 4)
-    size, room = bucket(sum(lengths)), bucket(len(batch["labels"]))
+    size = bucket(sum(lengths))
+    room = rows_for(len(batch["labels"]), size)
     assert filled["input_ids"].shape == filled["positions"].shape == (size,)
     assert filled["rows"].shape == filled["labels"].shape == filled["owners"].shape == (room,)
     assert filled["offsets"].shape == (6,) and filled["longest"] == size
@@ -87,7 +97,7 @@ def test_what_is_filled_up_counts_nothing(lengths):
     assert torch.equal(filled["offsets"][: len(lengths) + 1], batch["offsets"])
     assert set(filled["offsets"][len(lengths) + 1 :].tolist()) == {len(filled["input_ids"])}
     assert set(filled["labels"][scored:].tolist()) <= {IGNORED} and filled["owners"].max() < len(lengths)
-    assert torch.equal(filled["records"], batch["records"])
+    assert filled["records"] == batch["records"]
 
 
 def loss_and_gradients(model, batch):
@@ -139,6 +149,12 @@ def test_a_batch_filled_up_wrongly_would_show(name, routed):
     assert relative_error(loss_and_gradients(routed, filled)["loss"], plain["loss"]) > 1e-4
 
 
+def test_what_a_batch_holds_is_told_without_what_fills_it_up():
+    for fill in (None, 3):
+        batch = SftCollator(fill)(THREE)
+        assert (batch["tokens"], batch["scored"]) == (8, 3) == (8, int((batch["labels"] != IGNORED).sum()))
+
+
 def test_sft_collator():
     assert SftCollator()(THREE)["input_ids"].shape == (8,)
     assert SftCollator(fill=3)(THREE)["input_ids"].shape == (128,)
@@ -155,7 +171,7 @@ def test_dpo_collator(fill):
     expected = [i for part in (*chosen, *rejected) for i in part.ids]
     assert batch["input_ids"][: len(expected)].tolist() == expected
     assert batch["offsets"][:7].tolist() == [0, 4, 5, 8, 10, 16, 20]
-    assert batch["records"].tolist() == [7, 9, 8]
+    assert batch["records"] == [7, 9, 8]
     assert batch["reference_chosen"].tolist() == [-1.5, -2.5, -3.5]
     assert batch["reference_rejected"].tolist() == [-2.5, -3.5, -4.5]
     assert batch["reference_chosen"].dtype == torch.float32

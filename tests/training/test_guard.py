@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from qwen2tool.errors import EXIT_FINDING, UserError
 from qwen2tool.routing.attention import safe_attention
+from qwen2tool.training.guard import Whereabouts, norms_of, on_host, require_finite_gradients, require_finite_loss
 from qwen2tool.training.run import train
 from qwen2tool.training.trainer import GuardedTrainer, SftTrainer
 from tests.training.common import settings_for, write_instructions
@@ -100,3 +101,24 @@ def test_attention_guard_excludes_cudnn_and_leaves_the_process_as_it_was():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     assert (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()) == before
+
+
+def test_numbers_are_fetched_with_their_names():
+    values = {"loss": torch.tensor(1.5), "several": torch.tensor([0.1, -3.0]), "none": torch.zeros(0)}
+    found = on_host(values | {"norms": norms_of([torch.tensor([3.0, 4.0]), torch.full((2, 2), 0.5)])})
+    assert found == {"loss": [1.5], "several": values["several"].tolist(), "none": [], "norms": [5.0, 1.0]}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_of_a_gradient_shows_in_its_norm(bad):
+    gradients = [torch.ones(3, 5), torch.ones(7)]
+    names, where = ["a", "b"], Whereabouts(["line 1"])
+    require_finite_gradients(dict(zip(names, norms_of(gradients).tolist(), strict=True)), where)
+    gradients[1][4] = bad
+    where.enter(3, [0])
+    with pytest.raises(
+        UserError, match=r"step 3, batch of line 1: the gradient of b is not finite \(nor are 0 more of 2"
+    ):
+        require_finite_gradients(dict(zip(names, norms_of(gradients).tolist(), strict=True)), where)
+    with pytest.raises(UserError, match="step 3, batch of line 1: the loss is"):
+        require_finite_loss(bad, where)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
 from functools import partial
 
 import pytest
@@ -40,13 +42,13 @@ def batch_of(lengths, seed):
 class Run:
     """A routed copy of a model with its optimizer; `step` is some passes and one update."""
 
-    def __init__(self, model, *, graphs, memory=None, scale=lambda loss: loss):
+    def __init__(self, model, *, graphs, memory=None, scale=lambda loss: loss, reserve=0):
         self.model = copy.deepcopy(model)
         route(self.model, memory=memory)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
         context = partial(torch.autocast, "cuda", torch.bfloat16)
-        self.passes = Passes(self.loss, self.parameters, context, graphs=graphs, scale=scale)
+        self.passes = Passes(self.loss, self.parameters, context, graphs=graphs, scale=scale, reserve=reserve)
         torch.manual_seed(11)
 
     def loss(self, batch):
@@ -71,15 +73,19 @@ SEQUENCE = [SHORT, MIDDLE, SHORT, SHORT, MIDDLE, LONG, SHORT, MIDDLE]
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("keep", KEEPS, ids=["input", "mixed"])
 def test_graphs_and_eager_give_the_same_bits(keep, to_none, model):
-    """Outcomes, gradients and updated parameters, over shapes seen for the first, second and further times."""
+    """Outcomes, gradients and updated parameters, over shapes seen for the first, second and further times.
+
+    Also with memory taken in advance, where a forward more comes before the first pass, under the same seed.
+    """
     memory = MemoryPlan(keep)
     runs = []
-    for graphs in (True, False):
-        run = Run(model, graphs=graphs, memory=memory)
+    for graphs, reserve in ((True, 0), (False, 0), (True, 1 << 28)):
+        run = Run(model, graphs=graphs, memory=memory, reserve=reserve)
         steps = [run.step([batch_of(lengths, seed)], to_none=to_none) for seed, lengths in enumerate(SEQUENCE)]
         runs.append([*steps, [p.detach() for p in run.parameters]])
         assert run.passes.captured == (2 if graphs else 0), "a shape is captured when it comes a second time"
-    assert [different(a, b) for a, b in zip(*runs, strict=True)] == [[]] * (len(SEQUENCE) + 1)
+    for other in runs[1:]:
+        assert [different(a, b) for a, b in zip(runs[0], other, strict=True)] == [[]] * (len(SEQUENCE) + 1)
 
 
 def test_gradients_add_up_over_passes(model):
@@ -119,6 +125,112 @@ def test_outcomes_are_the_caller_s(model):
     run.passes(batch_of(SHORT, 9))
     assert [float(outcome["loss"]) for outcome in outcomes] == before and len(set(before)) == 5
     assert not any(value.requires_grad for outcome in outcomes for value in outcome.values())
+
+
+def lies_in(run, tensor):
+    """Whether it lies in the memory that captures and warm-ups share."""
+    segments = run.passes._workshop.pool.snapshot()
+    return any(0 <= tensor.data_ptr() - segment["address"] < segment["total_size"] for segment in segments)
+
+
+def test_what_a_warm_up_returned_is_not_what_later_replays_write(model):
+    run = Run(model, graphs=True)
+    outcomes = [run.passes(batch_of(lengths, seed)) for seed, lengths in enumerate((SHORT, MIDDLE, LONG))]
+    assert run.passes.captured == 0, "three warm-ups"
+    before = [value.clone() for outcome in outcomes for value in outcome.values()]
+    for seed, lengths in enumerate((SHORT, LONG, MIDDLE, LONG, SHORT, MIDDLE)):
+        run.passes(batch_of(lengths, 10 + seed))
+    assert run.passes.captured == 3
+    assert different([value for outcome in outcomes for value in outcome.values()], before) == []
+    assert not any(lies_in(run, value) for outcome in outcomes for value in outcome.values())
+    within = [value for captured in run.passes._captured.values() for value in captured.outcome.values()]
+    assert within and all(lies_in(run, value) for value in within), "the control: what a graph writes does"
+
+
+def test_what_lives_on_from_a_warm_up_is_not_written_to(model):
+    """A tensor made once a shape, in a first pass after another shape's graph: the graph goes and comes again."""
+    runs = []
+    for graphs in (True, False):
+        run, kept = Run(model, graphs=graphs), {}
+
+        def loss(batch, run=run, kept=kept):
+            outcome, size = run.loss(batch), len(batch["input_ids"])
+            if size not in kept:
+                kept[size] = torch.full((1 << 20,), float(size), device="cuda")
+            return {**outcome, "kept": kept[size].sum()}
+
+        run.passes._loss = loss
+        steps, captured = [], []
+        for seed, lengths in enumerate((SHORT, SHORT, MIDDLE, SHORT, MIDDLE, LONG, MIDDLE, SHORT, LONG, LONG)):
+            steps.append(run.step([batch_of(lengths, seed)]))
+            captured.append(run.passes.captured)
+        assert all(bool((value == size).all()) for size, value in kept.items()) and len(kept) == 3
+        assert captured == ([0, 1, 0, 1, 2, 0, 1, 2, 3, 3] if graphs else [0] * 10)
+        runs.append(steps)
+    assert [different(a, b) for a, b in zip(*runs, strict=True)] == [[]] * 10
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_backward_runs_in_the_calling_thread(graphs, model):
+    """Memory pools serve one thread."""
+    run, threads = Run(model, graphs=graphs), set()
+    for parameter in run.parameters:
+        parameter.register_hook(lambda gradient: threads.add(threading.get_ident()))
+    for seed in range(3):
+        run.passes(batch_of(SHORT, seed))
+    assert threads == {threading.get_ident()}
+    threads.clear()
+    sum(parameter.sum() for parameter in run.parameters).backward()
+    assert threads and threading.get_ident() not in threads, "the control: torch's own choice is another thread"
+
+
+MB = 1_000_000
+NARROW, WIDE = (2900,) * 4, (4000,) * 4  # buckets of 12,288 and 16,384
+SLACK = 48 * MB
+"""The allocator takes memory in pieces of 2 and 20 MB, beside 34 MB for cuBLAS."""
+
+
+def reserved(run, sequence):
+    """(bytes that passes over batches of these lengths take of the device, bytes of what lives at once)"""
+    run.passes(batch_of(SHORT, 0))  # gradients and libraries are there
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for seed, lengths in enumerate(sequence):
+        run.passes(batch_of(lengths, seed))
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_reserved() - before[0], torch.cuda.max_memory_allocated() - before[1]
+
+
+def test_warm_up_capture_and_replay_hold_what_one_eager_pass_does(model):
+    """Of one shape, and of a smaller one after it."""
+    eager, lives = reserved(Run(model, graphs=False), [WIDE])
+    assert lives > 300 * MB
+    for sequence, captured in (([WIDE] * 3, 1), ([WIDE] * 3 + [NARROW, NARROW, WIDE, NARROW], 2)):
+        run = Run(model, graphs=True)
+        taken, _ = reserved(run, sequence)
+        assert run.passes.captured == captured
+        assert taken <= 1.1 * eager + SLACK
+    beside, _ = reserved(Run(model, graphs=False), [NARROW])
+    assert eager + beside > 1.5 * eager + SLACK, "the control: with memory of its own a warm-up would show"
+
+
+def test_memory_taken_in_advance_serves_all_shapes_and_is_given_back(model):
+    _, lives = reserved(Run(model, graphs=False), [WIDE])
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    run = Run(model, graphs=True, reserve=int(1.1 * lives))
+    rising = [LONG, NARROW, NARROW, MIDDLE, WIDE, LONG, MIDDLE, WIDE, NARROW, WIDE]
+    reserved(run, rising)
+    assert run.passes.captured == 4
+    assert torch.cuda.memory_reserved() - before <= 1.1 * lives + SLACK
+    run.passes = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before <= SLACK
 
 
 def test_the_loss_is_scaled_before_its_backward(model):

@@ -38,6 +38,19 @@ def test_graphs_change_no_bit(base_folder, tmp_path, task, quantize):
     assert other != pytest.approx(with_graphs, rel=2e-3), "another seed shows"
 
 
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_micro_batches_go_in_one_pass_and_the_run_is_the_same(base_folder, tmp_path, graphs):
+    write_instructions(tmp_path / "data.jsonl", 13)
+    found = {}
+    for batch_size, accumulation in ((1, 4), (2, 2), (4, 1)):
+        changes = {"batch_size": batch_size, "gradient_accumulation": accumulation, "graphs": graphs}
+        report, found[accumulation] = run(base_folder, tmp_path, dropout=0.0, **changes)
+        assert report.routes["micro_batches_a_pass"] == accumulation and report.steps == 12
+    assert found[4] == pytest.approx(found[1], rel=2e-3) and found[2] == pytest.approx(found[1], rel=2e-3)
+    _, fewer = run(base_folder, tmp_path, dropout=0.0, batch_size=2, gradient_accumulation=1, graphs=graphs)
+    assert len(fewer) != len(found[1]), "the control: steps of fewer records are other steps"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_routes_change_no_more_than_rounding(base_folder, tmp_path, dtype):
     write_instructions(tmp_path / "data.jsonl")

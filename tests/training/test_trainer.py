@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from qwen2tool.errors import UserError
 from qwen2tool.routing.swap import route
@@ -80,6 +80,34 @@ def test_tokens_are_those_of_the_records_without_what_fills_up(tmp_path, pairs, 
     assert trainer.tokens == sum(len(sample.ids) for side in sides for sample in side)
     if fill:
         assert len(trainer.data_collator(records[:3])["input_ids"]) > trainer.tokens
+
+
+def test_a_pass_trains_whatever_scored_the_model_before(tmp_path):
+    """Every module of it, also where the model's own flag says so already: a wrapper is made in training mode."""
+    trainer = trainer_on(tmp_path)
+    modes = []
+
+    honest = trainer.batch_loss
+
+    def noted(model, batch):
+        modes.append(all(part.training for part in model.modules()))
+        return honest(model, batch)
+
+    trainer.batch_loss = noted
+    trainer.model.eval()
+    trainer.model.training = True
+    gradient_of_step(trainer, ITEMS[:2])
+    trainer.model.eval()
+    assert not any(part.training for part in trainer.model.modules())
+    gradient_of_step(trainer, ITEMS[:2])
+    assert modes == [True, True]
+
+
+def test_operations_are_counted_as_the_trainer_does(tmp_path):
+    trainer = trainer_on(tmp_path)
+    for count in (2, 3):
+        batch = trainer.data_collator(ITEMS[:count])
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
 
 
 class Scaler:
