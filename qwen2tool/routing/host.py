@@ -51,8 +51,6 @@ class HostStore:
         """Starts the copy of x (N, ...), the `name` of layer `index`."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-        while self._leaving and self._leaving[0].layer < index - 1:  # two layers' time to get out
-            self._wait(self._leaving.popleft())
         before = self._tickets.get(index, {}).get(name)
         stale = self._arriving.pop(before, None) if before else None
         if stale is not None:  # fetched for a backward that ended above this layer
@@ -62,6 +60,12 @@ class HostStore:
         buffer = self._buffer(ticket, x.dtype)
         self._leaving.append(_Copied(index, x, self._copy(buffer, x)))
         return ticket
+
+    def let_go(self, index: int) -> None:
+        """Called at the end of every layer's forward: what layers before the last two put here is out by now, or is
+        waited for, and its memory free."""
+        while self._leaving and self._leaving[0].layer < index - 1:
+            self._wait(self._leaving.popleft())
 
     def _buffer(self, ticket: Ticket, dtype: torch.dtype) -> torch.Tensor:
         """The first numbers of a flat buffer that has grown to the largest need so far."""

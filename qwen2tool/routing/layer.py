@@ -91,6 +91,8 @@ def _keep(
         mlp = place.host.put(spec.index, "gate_up", gate_up.plain if gate_up.whole is None else gate_up.whole)
     whole = keep in ("attention", "all")
     host = place.host if place is not None else None
+    if host is not None:
+        host.let_go(spec.index)
     return _Kept(tails, attention if whole else None, h if whole else None, mlp, ticket, host)
 
 

@@ -103,6 +103,12 @@ class Stepper:
         graphs = self._passes.captured if self._passes else 0
         return {**self._described, "graphs": graphs}
 
+    def stop_replaying(self) -> None:
+        """From here on passes run eagerly. A replay allocates nothing that torch counts: where graphs were captured
+        before the optimizer had its state, the peak that torch tells is too low by that until a pass ran so."""
+        self._optimizer.zero_grad()
+        self._passes = Passes(self._loss, self._parameters, nullcontext, graphs=False)
+
     def _prepare(self, ids: torch.Tensor) -> None:
         options = self.options
         budget = int(options.memory_budget_gb * 1e9) if options.memory_budget_gb else None

@@ -35,6 +35,7 @@ def model():
 
 def batch_of(lengths, seed):
     batch = fill_up(pack(samples(*lengths, seed=seed)), 4)
+    del batch["records"]  # not for passes
     on_gpu = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
     return on_gpu | {"scored": torch.tensor(float((batch["labels"] >= 0).sum()), device="cuda")}
 

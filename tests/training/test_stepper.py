@@ -142,3 +142,12 @@ def test_shapes_may_change_between_steps(shape, base_folder):
     for rows, columns in ((3, 17), shape):
         several = batches(rows=rows, columns=columns)
         assert relative_error(stepper.step(several), plain.step(several)) < 1e-5
+
+
+def test_steps_go_on_when_replaying_stops(base_folder):
+    stepper, model = make(base_folder)
+    plain = Plain(model, stepper.options)
+    for seed in (1, 2, 3):
+        several = batches(seed=seed)
+        assert relative_error(stepper.step(several), plain.step(several)) < 1e-5
+        stepper.stop_replaying()
