@@ -52,6 +52,7 @@ class Sizes:
     intermediate: int
     query_columns: int
     kv_columns: int
+    heads: int
     vocabulary: int
     rank_columns: int
     itemsize: int
@@ -76,7 +77,7 @@ class Sizes:
     def attention(self) -> int:
         """Bytes that the level "attention" adds to one layer."""
         columns = 2 * self.query_columns + 2 * self.kv_columns
-        return self.tokens * (columns * self.itemsize + 4) + self.input
+        return self.tokens * (columns * self.itemsize + 4 * self.heads) + self.input
 
     @property
     def mlp(self) -> int:
@@ -111,15 +112,28 @@ class Sizes:
         """Of one layer: that gradient, a row of H, the gradient of attention's output, those of q, k and v as attention
         gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
         qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
-        weights = (qkv + self.query_columns) * self.hidden
+        weights = self._qkv_weights + self._o_weights
         activations = self.tokens * ((2 * qkv + row) * self.itemsize + 4 * self.query_columns)
         return weights * self.itemsize + activations + self.input
 
     def mlp_backward_weights(self, frugal: bool) -> int:
         """Unpacked at once in the backward of one layer's MLP, adapters among them."""
-        gate_up = (2 * self.intermediate + 2 * self.rank_columns) * (self.hidden + 2 * self.rank_columns)
-        qkv = (self.query_columns + 2 * self.kv_columns) * self.hidden
+        gate_up, qkv = self._gate_up_weights, self._qkv_weights
         return (max(gate_up, qkv) if frugal else gate_up + self._down_weights + qkv) * self.itemsize
+
+    @property
+    def _qkv_weights(self) -> int:
+        """Numbers of [W | s B; A]; likewise the three below."""
+        rank = 3 * self.rank_columns
+        return (self.query_columns + 2 * self.kv_columns + rank) * (self.hidden + rank)
+
+    @property
+    def _o_weights(self) -> int:
+        return (self.hidden + self.rank_columns) * (self.query_columns + self.rank_columns)
+
+    @property
+    def _gate_up_weights(self) -> int:
+        return (2 * self.intermediate + 2 * self.rank_columns) * (self.hidden + 2 * self.rank_columns)
 
     @property
     def _down_weights(self) -> int:
@@ -146,9 +160,7 @@ class Sizes:
     @property
     def unpacked(self) -> int:
         """Bytes of one layer's linears unpacked, with their adapters behind them."""
-        h, i, r, q = self.hidden, self.intermediate, self.rank_columns, self.query_columns
-        qkv, gate_up = (q + 2 * self.kv_columns + 3 * r) * (h + 3 * r), (2 * i + 2 * r) * (h + 2 * r)
-        return (qkv + (h + r) * (q + r) + gate_up + self._down_weights) * self.itemsize
+        return (self._qkv_weights + self._o_weights + self._gate_up_weights + self._down_weights) * self.itemsize
 
     def chunking(self, rows: int) -> float:
         """What `rows` logits at a time cost beside 1024, counted likewise: the head is read twice a chunk, which takes

@@ -32,6 +32,7 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         intermediate=config.intermediate_size,
         query_columns=config.num_attention_heads * head_dim,
         kv_columns=config.num_key_value_heads * head_dim,
+        heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
         rank_columns=max((p.shape[0] for name, p in named if ".lora_A." in name), default=0),
         itemsize=dtype.itemsize,

@@ -109,7 +109,9 @@ class RoutedStack(nn.Module):
         rows, columns, hidden = x.shape
         flat = flatten(rows, columns, x.device, attention_mask, position_ids)
         slots = x.reshape(rows * columns, hidden)
-        y = self._run(slots if flat.slots is None else slots[flat.slots], flat, layers)
+        embedded = [slots if flat.slots is None else slots[flat.slots]]
+        del x, slots, inputs_embeds
+        y = self._run(embedded, flat, layers)
         if flat.slots is not None:
             y = y.new_zeros(rows * columns, hidden).index_copy(0, flat.slots, y)
         return BaseModelOutputWithPast(last_hidden_state=y.view(rows, columns, hidden), past_key_values=None)
@@ -148,7 +150,9 @@ class RoutedStack(nn.Module):
         layers = self._examine()
         if layers is None:
             raise UserError("the model has parts that need whole batches, see its plan", "Train it with transformers")
-        return self._run(x, flat, layers)
+        embedded = [x]
+        del x
+        return self._run(embedded, flat, layers)
 
     def _examine(self) -> list[LayerSpec | NotFused] | None:
         """What each layer is, None if the whole pass is the original's."""
@@ -160,7 +164,9 @@ class RoutedStack(nn.Module):
         except NeedsBatch:
             return None
 
-    def _run(self, x: torch.Tensor, flat: Flat, layers: list[LayerSpec | NotFused]) -> torch.Tensor:
+    def _run(self, embedded: list[torch.Tensor], flat: Flat, layers: list[LayerSpec | NotFused]) -> torch.Tensor:
+        """`embedded` holds x (N, H) alone, and is emptied: a caller's name for x would keep it through all layers."""
+        x = embedded.pop()
         dtype = _product_dtype(x)
         x = x.to(self.residual_dtype or dtype)
         positions = flat.positions[None]

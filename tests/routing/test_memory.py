@@ -10,11 +10,11 @@ import pytest
 from qwen2tool.routing.memory import WORKSPACES, Sizes, plan_memory
 
 LARGE = Sizes(
-    tokens=8192, length=2048, layers=32, hidden=4096, intermediate=11008, query_columns=4096, kv_columns=4096,
+    tokens=8192, length=2048, layers=32, hidden=4096, intermediate=11008, query_columns=4096, kv_columns=4096, heads=32,
     vocabulary=151936, rank_columns=64, itemsize=2, static=6_500_000_000, embedding=1_244_659_712,
 )  # fmt: skip
 SMALL = Sizes(
-    tokens=1024, length=1024, layers=24, hidden=896, intermediate=4864, query_columns=896, kv_columns=128,
+    tokens=1024, length=1024, layers=24, hidden=896, intermediate=4864, query_columns=896, kv_columns=128, heads=14,
     vocabulary=151936, rank_columns=8, itemsize=2, static=1_000_000_000, embedding=0,
 )  # fmt: skip
 MODELS = {
@@ -40,7 +40,9 @@ def budgets(sizes, count=60, **options):
 
 def kept_bytes(sizes, keep):
     """What levels hold on the device beside inputs, written out: q, k, v, output, h, log-sum-exp | gate, up, ranks."""
-    attention = sizes.tokens * (sizes.itemsize * (2 * sizes.query_columns + 2 * sizes.kv_columns + sizes.hidden) + 4)
+    attention = sizes.tokens * (
+        sizes.itemsize * (2 * sizes.query_columns + 2 * sizes.kv_columns + sizes.hidden) + 4 * sizes.heads
+    )
     mlp = sizes.tokens * sizes.itemsize * 2 * (sizes.intermediate + sizes.rank_columns)
     return {"input": 0, "attention": attention, "mlp": mlp, "all": attention + mlp}[keep]
 
@@ -171,11 +173,11 @@ def at_every_moment(sizes, plan):
             gate_up if level in ("mlp", "all") and not away[layer] else 0
         )  # fmt: skip
 
-    down, qkv = (h + sizes.rank_columns) * (i + sizes.rank_columns), (sizes.query_columns + 2 * sizes.kv_columns) * h
+    r, q, kv = sizes.rank_columns, sizes.query_columns, sizes.kv_columns
+    down, o, qkv = (h + r) * (i + r), (h + r) * (q + r), (q + 2 * kv + 3 * r) * (h + 3 * r)
     wide = (2 * i + width) * (h + width)
     weights = (max(wide, qkv) if plan.frugal else wide + down + qkv) * s
-    r, q, kv = sizes.rank_columns, sizes.query_columns, sizes.kv_columns
-    always = ((q + 2 * kv + 3 * r) * (h + 3 * r) + (h + r) * (q + r) + wide + down) * s * plan.layers_unpacked
+    always = (qkv + o + wide + down) * s * plan.layers_unpacked
     moments = []
     for at in layers:  # forward: q, k, v, attention, h, gate, up, silu(gate) up, y
         inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 2)]
@@ -191,7 +193,7 @@ def at_every_moment(sizes, plan):
         there = sum(map(kept, range(at))) + len(inputs) * x + tails + attention + arriving + x
         moments.append(there + weights + gate_up + n * (i + 2 * h) * s)
         # then attention's: d_output, dq dk dv, [dq | dk | dv], fp32 dq
-        moments.append(there + (q + 2 * kv + q) * h * s + n * (h + q + 2 * (q + 2 * kv)) * s + 4 * n * q)
+        moments.append(there + (qkv + o) * s + n * (h + q + 2 * (q + 2 * kv)) * s + 4 * n * q)
     static = sizes.static + always - (sizes.embedding if plan.host_embedding else 0)
     return [WORKSPACES + static + moment for moment in moments]
 
@@ -242,22 +244,24 @@ def test_small_chunks_of_logits_are_paid_for():
 def test_the_sum_by_hand():
     """tokens 10, hidden 8, intermediate 16, q 8, kv 4 columns, rank 2, 2 bytes, vocabulary 50, two layers."""
     sizes = Sizes(
-        tokens=10, length=5, layers=2, hidden=8, intermediate=16, query_columns=8, kv_columns=4, vocabulary=50,
+        tokens=10, length=5, layers=2, hidden=8, intermediate=16, query_columns=8, kv_columns=4, heads=2, vocabulary=50,
         rank_columns=2, itemsize=2, static=1000, embedding=0,
     )  # fmt: skip
     assert sizes.input == 10 * 8 * 2
-    assert sizes.attention == 10 * ((8 + 8 + 4 + 4 + 8) * 2 + 4)  # q, output, k, v, h; 4 bytes of log-sum-exp
+    assert sizes.attention == 10 * (
+        (8 + 8 + 4 + 4 + 8) * 2 + 2 * 4
+    )  # q, output, k, v, h; 4 bytes of log-sum-exp a head
     assert sizes.mlp == 10 * (16 + 16 + 2 + 2) * 2
     assert sizes.attention_products == 10 * (2 * 8 * (8 + 4 + 4 + 8) + 2 * 5 * 8)
     assert sizes.mlp_products == 10 * 2 * (2 * 8 * 16)
     assert sizes.tails == 10 * 7 * 2 * 2, "rank 2 behind the input of seven linears"
     assert sizes.head(7) == 7 * 50 * 6 + 3 * 160
-    # gate and up with their adapters' columns (36 x 12), down (10 x 18), q k v (16 x 8); rows of 16 + 2 x 8
-    assert sizes.mlp_backward_weights(frugal=False) == 2 * (36 * 12 + 10 * 18 + 16 * 8)
+    # gate and up with their adapters' columns (36 x 12), down (10 x 18), q k v (22 x 14); rows of 16 + 2 x 8
+    assert sizes.mlp_backward_weights(frugal=False) == 2 * (36 * 12 + 10 * 18 + 22 * 14)
     assert sizes.mlp_backward_weights(frugal=True) == 2 * 36 * 12
     assert sizes.mlp_backward == 2 * 10 * (16 + 2 * 8) + 160
-    # q k v and o (24 x 8); dq dk dv twice (32), attention's gradient (8) and a row (8); dq in fp32
-    assert sizes.attention_backward == 2 * (16 + 8) * 8 + 10 * ((2 * 16 + 8 + 8) * 2 + 4 * 8) + 160
+    # q k v (22 x 14) and o (10 x 10); dq dk dv twice (32), attention's gradient (8) and a row (8); dq in fp32
+    assert sizes.attention_backward == 2 * (22 * 14 + 10 * 10) + 10 * ((2 * 16 + 8 + 8) * 2 + 4 * 8) + 160
     assert sizes.forward == 2 * (10 * 18 + 10 * 18) + sizes.attention + sizes.mlp + 160
     plan = plan_memory(sizes, ENOUGH)
     kept = 2 * (280 + sizes.attention + sizes.mlp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import qwen2tool.routing.operands
+import qwen2tool.routing.stack
 from qwen2tool.routing.examine import examine_stack
 from qwen2tool.routing.layer import fused_layer
 from qwen2tool.routing.memory import MemoryPlan
@@ -227,3 +229,24 @@ def test_4_bit_weights_written_to_in_place_are_noticed(unpackings):
     route(model, memory=replace(KEPT, layers_unpacked=0))
     fresh = logits_and_gradients(model, input_ids=ids)
     assert [name for name in fresh if not torch.equal(after[name], fresh[name])] == []
+
+
+def test_nothing_holds_the_embeddings_through_all_layers(monkeypatch):
+    """Where a layer's input waits on the host, the device must be rid of it."""
+    model, held = lora_model(config=WIDE), []
+    first: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(x, *arguments, **options):
+        if len(held) % 3 == 0:
+            first[:] = [weakref.ref(x)]
+        held.append(first[0]() is not None)
+        return fused_layer(x, *arguments, **options)
+
+    monkeypatch.setattr(qwen2tool.routing.stack, "fused_layer", watched)
+    route(model)
+    stack = find_stack(model)[0]
+    with torch.no_grad():
+        model(input_ids=batch(), use_cache=False)
+        flat = flatten(3, 17, torch.device("cpu"), None, None)
+        stack.run(stack.embed(batch()).view(51, 32), flat)
+    assert held == [True, False, False, True, False, False]

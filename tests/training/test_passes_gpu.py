@@ -220,10 +220,10 @@ def test_warm_up_capture_and_replay_hold_what_one_eager_pass_does(model):
 
 def test_memory_taken_in_advance_serves_all_shapes_and_is_given_back(model):
     _, lives = reserved(Run(model, graphs=False), [WIDE])
+    run = Run(model, graphs=True, reserve=int(1.1 * lives))
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    run = Run(model, graphs=True, reserve=int(1.1 * lives))
     rising = [LONG, NARROW, NARROW, MIDDLE, WIDE, LONG, MIDDLE, WIDE, NARROW, WIDE]
     reserved(run, rising)
     assert run.passes.captured == 4
