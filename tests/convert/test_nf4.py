@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.geometry import expected_tensors
@@ -223,7 +223,7 @@ def test_the_codec_is_bitsandbytes_bit_for_bit(
         if double:
             assert packed.offset == state.offset.item()
             assert packed.nested_absmax is not None and torch.equal(packed.nested_absmax, state.state2.absmax)
-        stub = SimpleNamespace(data=nibbles, quant_state=state)
+        stub = Params4bit(nibbles, requires_grad=False, quant_state=state, bnb_quantized=True)
         found = dequantise(packed)
         assert found.is_contiguous() and torch.equal(found, dequantise_reference(from_bnb(stub), dtype))
         if blocksize <= 1024 and shape[1] % blocksize == 0:
