@@ -10,10 +10,13 @@ bits: (P, N, ceil(K/8)) uint8; A and dA as (R, K), t and dt as (N, R), R = sum r
 fp32; A and dt are rounded to the dtype of x (dx) where theirs differs. Accumulation is in fp32, the factor 1/(1-p) is
 applied to the sum, and there is one rounding at the end. Nothing is atomic: the same inputs give the same bits.
 
-Cost: 2 N K R operations each. x (or dx) is read once for all adapters whose padded ranks (16, 32, 64 ...) add up to 256
-or less, and P/8 bytes an element of masks beside its 2; PyTorch would write and read a dropped copy of x for each of
-them, 8 P bytes an element. Where the rows (or columns) give too few programs for the GPU, the contraction is cut into
-parts, as many as the shape says, whose fp32 sums are added in a fixed order by a second launch.
+Cost: 2 N K R operations each. x (or dx) is read once for all adapters whose padded ranks (16, 32, 64 ...; from 64 on in
+the forward in 16 bit) add up to 256 or less (fp32: 64), and P/8 bytes an element of masks beside its 2; PyTorch would
+write and read a dropped copy of x for each of them, 8 P bytes an element. Where the rows (or columns) give too few
+programs for the GPU, the contraction is cut into S parts, as many as the shape says, whose fp32 sums are added in a
+fixed order by a second launch. Those S N R (S R K) numbers are written and read once more, 8 bytes each, and are memory
+while the op runs: `masked_product` on N tokens of K = 4096 and three adapters of rank 64 takes 6.3 MB for N = 512, 1024
+and 2048, 12.6 MB for 4096 and 8192, none from 8449 on.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685) with dropout on the adapter's input, as PEFT has it.
 """
@@ -28,6 +31,7 @@ import triton
 from qwen2tool.kernels.backend import require, require_float, runs_triton
 from qwen2tool.kernels.dropout import unpack_bits
 from qwen2tool.kernels.masked_kernels import (
+    Slot,
     add_parts_kernel,
     batches_of,
     grad_a_kernel,
@@ -36,8 +40,10 @@ from qwen2tool.kernels.masked_kernels import (
     slots_of,
 )
 
-PROGRAMS = 264
-"""Two to each of the 132 SMs of an H100 or H200: what a contraction is cut for."""
+PROCESSORS = 132
+"""Multiprocessors of an H100 or H200: what a contraction is cut for, whatever GPU it runs on."""
+MOST_PARTS = 32
+"""Of a row's sums in `masked_product`; the second launch adds them 8 at a time."""
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,17 +88,44 @@ def _limit(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 256
 
 
+def _least(dtype: torch.dtype) -> int:
+    """What `masked_product` pads ranks to: they are the height of its tensor-core instructions."""
+    return 16 if dtype == torch.float32 else 64
+
+
 def _tile(dtype: torch.dtype) -> dict[str, int]:
     """64 rows are the height of one warpgroup's tensor-core instruction, 64 columns of 16 bit a 128-byte line."""
     return {"BN": 32, "BK": 32} if dtype == torch.float32 else {"BN": 64, "BK": 64}
 
 
-def _parts(programs: int, length: int, block: int) -> tuple[int, int]:
-    """How many parts a contraction over `length` is cut into, and how long each is: at most 8, at least 4 blocks each,
-    no more than fill the GPU. A function of the shape alone, so that results do not depend on the machine."""
-    wanted = max(1, min(8, PROGRAMS // max(1, programs), length // (4 * block)))
-    span = max(1, triton.cdiv(triton.cdiv(length, wanted), block)) * block
-    return max(1, triton.cdiv(length, span)), span
+def _product_tile(dtype: torch.dtype, rows: int, columns: int) -> dict[str, int]:
+    """The tile of `masked_product`, with its warps.
+
+    Each block of rows reads all of A again: with 64 rows and three adapters of rank 64 that is 3 bytes of A to one of
+    x, more than the L2 can give where all multiprocessors ask. 128 rows halve it. With few rows or columns they would
+    cost more than that, as twice the parts.
+    """
+    if dtype == torch.float32:
+        return {"BN": 32, "BK": 32, "num_warps": 4}
+    tall = rows >= 4096 and columns >= 2048
+    return {"BN": 128, "BK": 64, "num_warps": 8} if tall else {"BN": 64, "BK": 64, "num_warps": 4}
+
+
+def _parts(programs: int, length: int, block: int, fill: int, most: int) -> tuple[int, int]:
+    """How many parts a contraction over `length` is cut into, and how many blocks each has: at most `most` parts, of at
+    least 4 blocks, in no more than `fill` programs. A function of the shape alone, so that a pass done again has the
+    same bits, on another GPU of the same kind too."""
+    blocks = triton.cdiv(length, block)
+    wanted = max(1, min(most, fill // max(1, programs), length // (4 * block)))
+    span = max(1, triton.cdiv(blocks, wanted))
+    return max(1, triton.cdiv(blocks, span)), span
+
+
+def _product_parts(rows: int, columns: int, tile: dict[str, int], batches: list[tuple[Slot, ...]]) -> tuple[int, int]:
+    """`_parts` of `masked_product`: two programs a multiprocessor with up to 64 columns of sums each, else one."""
+    widest = max(sum(slot[3] for slot in slots) for slots in batches)
+    fill = PROCESSORS * (2 if widest <= 64 else 1)
+    return _parts(triton.cdiv(rows, tile["BN"]), columns, tile["BK"], fill, MOST_PARTS)
 
 
 def _parts_of(out: torch.Tensor, parts: int) -> torch.Tensor:
@@ -105,9 +138,20 @@ def _add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
     if parts.shape[0] == 1:
         return
     count, rows, columns = parts.shape
-    block = min(1024, triton.next_power_of_2(columns))
-    add_parts_kernel[(rows, triton.cdiv(columns, block))](
-        parts, out, columns, out.stride(0), parts.stride(0), count, BLOCK=block, num_warps=4
+    block = min(512, triton.next_power_of_2(columns))
+    height = 512 // block
+    add_parts_kernel[(triton.cdiv(rows, height), triton.cdiv(columns, block))](
+        parts,
+        out,
+        rows,
+        columns,
+        out.stride(0),
+        parts.stride(0),
+        count,
+        ROWS=height,
+        BLOCK=block,
+        AHEAD=8,
+        num_warps=4,
     )
 
 
@@ -115,13 +159,14 @@ def _launch_product(
     x: torch.Tensor, bits: torch.Tensor, a: torch.Tensor, ranks: tuple[int, ...], p: float, out: torch.Tensor
 ) -> None:
     rows, columns = x.shape
-    tile = _tile(x.dtype)
-    blocks = triton.cdiv(rows, tile["BN"])
-    parts, span = _parts(blocks, columns, tile["BK"])
+    a = a.to(x.dtype)  # by itself: a tile rounded in the kernel would reach the tensor cores through registers
+    tile = _product_tile(x.dtype, rows, columns)
+    batches = batches_of(ranks, _limit(x.dtype), _least(x.dtype))
+    parts, span = _product_parts(rows, columns, tile, batches)
     target = _parts_of(out, parts)
     unit = math.gcd(16, x.stride(0), a.stride(0), target.stride(-2))
-    for slots in batches_of(ranks, _limit(x.dtype)):
-        product_kernel[(blocks, parts)](
+    for slots in batches:
+        product_kernel[(triton.cdiv(rows, tile["BN"]), parts)](
             x,
             bits,
             a,
@@ -138,7 +183,6 @@ def _launch_product(
             1 / (1 - p),
             UNIT=unit,
             SLOTS=slots,
-            num_warps=4,
             num_stages=3,
             **tile,
         )
@@ -151,7 +195,7 @@ def _launch_grad_a(
     rows, columns = x.shape
     tile = _tile(x.dtype)
     blocks = triton.cdiv(columns, tile["BK"])
-    parts, span = _parts(blocks, rows, tile["BN"])
+    parts, span = _parts(blocks, rows, tile["BN"], 2 * PROCESSORS, 8)
     target = _parts_of(out, parts)
     unit = math.gcd(16, dt.stride(0), x.stride(0))
     for slots in batches_of(ranks, _limit(x.dtype)):
@@ -167,7 +211,7 @@ def _launch_grad_a(
             bits.shape[2],
             bits.stride(0),
             target.stride(0),
-            span,
+            span * tile["BN"],
             1 / (1 - p),
             UNIT=unit,
             SLOTS=slots,

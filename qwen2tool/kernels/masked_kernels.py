@@ -14,25 +14,25 @@ import triton
 import triton.language as tl
 
 Slot = tuple[int, int, int, int]
-"""Mask, first row of A, rows of A, the same padded to 16, 32, 64 ..."""
+"""Mask, first row of A, rows of A, the same padded to a power of two."""
 
 
-def slots_of(ranks: tuple[int, ...], limit: int) -> list[Slot]:
-    """The adapters, those of a rank above `limit` in pieces that share a mask."""
+def slots_of(ranks: tuple[int, ...], limit: int, least: int = 16) -> list[Slot]:
+    """The adapters, those of a rank above `limit` in pieces that share a mask; ranks are padded to `least` or more."""
     slots: list[Slot] = []
     first = 0
     for mask, rank in enumerate(ranks):
         for start in range(0, rank, limit):
             width = min(limit, rank - start)
-            slots.append((mask, first + start, width, max(16, triton.next_power_of_2(width))))
+            slots.append((mask, first + start, width, max(least, triton.next_power_of_2(width))))
         first += rank
     return slots
 
 
-def batches_of(ranks: tuple[int, ...], limit: int) -> list[tuple[Slot, ...]]:
+def batches_of(ranks: tuple[int, ...], limit: int, least: int = 16) -> list[tuple[Slot, ...]]:
     """The slots of each launch: as many as keep their padded ranks within `limit`, which is what registers hold."""
     batches: list[tuple[Slot, ...]] = []
-    for slot in slots_of(ranks, limit):
+    for slot in slots_of(ranks, limit, least):
         if batches and sum(other[3] for other in batches[-1]) + slot[3] <= limit:
             batches[-1] = (*batches[-1], slot)
         else:
@@ -92,12 +92,6 @@ def _rank_columns(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _product_step(acc: tl.tensor, tile: tl.tensor, keep: tl.tensor, rows_of_a: tl.tensor) -> tl.tensor:
-    kept = tl.where(keep, tile, 0.0)
-    return tl.dot(kept, tl.trans(rows_of_a.to(tile.dtype)), acc, input_precision="ieee")
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _store_columns(
     acc: tl.tensor,
     out: tl.tensor,
@@ -127,33 +121,43 @@ def product_kernel(
     a_stride: tl.tensor,
     out_stride: tl.tensor,
     part_stride: tl.tensor,
-    span: tl.tensor,  # columns to a part
+    span: tl.tensor,  # blocks of BK columns to a part
     scale: tl.tensor,
     UNIT: tl.constexpr,
     SLOTS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ) -> None:
+    """The sums are t^T = A (x . m)^T: as the right operand the masked tile goes through shared memory, and the tensor
+    cores walk all of BK by themselves. As the left one it would lie in registers, and each 16 columns wait for those
+    before. All masks are applied before the first product, with one barrier between.
+
+    `first` is a multiple of BK that the compiler can see, so that a row's bytes of the masks are fetched ahead in words
+    of 4, as x and A are; what it takes for 2 bytes is loaded when it is needed.
+    """
     row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     live = row < rows
     begin = tl.program_id(1).to(tl.int64) * span
     sums = ()
     for i in tl.static_range(len(SLOTS)):
-        sums = _with(sums, _zeros(BN, SLOTS[i][3]))
-    for step in range(0, span, BK):
-        first = begin + step
+        sums = _with(sums, _zeros(SLOTS[i][3], BN))
+    for step in range(0, span):
+        first = (begin + step) * BK
         column = first + tl.arange(0, BK)
         inside = live[:, None] & (column < columns)[None, :]
         tile = tl.load(x + row[:, None] * (x_stride * UNIT) + column[None, :], mask=inside, other=0.0)
-        added = ()
+        kept = ()
         for i in tl.static_range(len(SLOTS)):
             keep = _keep_tile(bits, row, live, first, row_bytes, plane, SLOTS, i, BN, BK)
+            kept = _with(kept, tl.where(keep, tile, 0.0))
+        added = ()
+        for i in tl.static_range(len(SLOTS)):
             part_of_a = _rank_rows(a, column, columns, a_stride * UNIT, SLOTS, i)
-            added = _with(added, _product_step(sums[i], tile, keep, part_of_a))
+            added = _with(added, tl.dot(part_of_a, tl.trans(kept[i]), sums[i], input_precision="ieee"))
         sums = added
     part = out + tl.program_id(1).to(tl.int64) * part_stride
     for i in tl.static_range(len(SLOTS)):
-        _store_columns(sums[i] * scale, part, row, live, out_stride * UNIT, SLOTS, i)
+        _store_columns(tl.trans(sums[i]) * scale, part, row, live, out_stride * UNIT, SLOTS, i)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -253,19 +257,23 @@ def grad_x_kernel(
 def add_parts_kernel(
     parts: tl.tensor,
     out: tl.tensor,
+    rows: tl.tensor,
     columns: tl.tensor,
     out_stride: tl.tensor,
     part_stride: tl.tensor,
     count: tl.tensor,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
-    """out (rows, columns) = the sum of `count` parts, first to last."""
-    row = tl.program_id(0).to(tl.int64)
+    """out (rows, columns) = the sum of `count` parts, first to last; AHEAD of them are on their way at a time."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    total = tl.zeros((BLOCK,), tl.float32)
-    source = parts + row * columns + column
-    for _ in range(0, count):
-        total += tl.load(source, mask=inside, other=0.0)
-        source += part_stride
-    tl.store(out + row * out_stride + column, total.to(out.dtype.element_ty), mask=inside)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    source = parts + row[:, None] * columns + column[None, :]
+    for first in range(0, count, AHEAD):
+        for i in tl.static_range(AHEAD):
+            total += tl.load(source, mask=inside & (first + i < count), other=0.0)
+            source += part_stride
+    tl.store(out + row[:, None] * out_stride + column[None, :], total.to(out.dtype.element_ty), mask=inside)

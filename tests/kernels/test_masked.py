@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from qwen2tool.kernels import backend
+from qwen2tool.kernels import backend, masked
 from qwen2tool.kernels.dropout import keep_bits
 from qwen2tool.kernels.masked import (
     add_masked_grad_x,
@@ -211,11 +211,121 @@ def test_gradients_are_those_of_autograd():
     assert not torch.allclose(wrong, x.grad)
 
 
+# Few rows of many columns, for which masked_product cuts the columns into parts: no multiples of a block, ranks that
+# are no powers of two, more parts than are added at a time, several launches into the same parts.
+SPLIT = [(7, 1100, (5,)), (70, 2090, (3, 20, 64)), (3, 4200, (24, 24)), (65, 900, (130, 70, 90))]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Parts hold NaN before they are written; returns how many each product had."""
+    counts, original = [], masked._parts_of
+
+    def parts_of(out, parts):
+        found = original(out, parts)
+        counts.append(parts)
+        return found if parts == 1 else found.fill_(float("nan"))
+
+    monkeypatch.setattr(masked, "_parts_of", parts_of)
+    return counts
+
+
+def product(case, out=None):
+    with backend.use("triton"):
+        return masked_product(case.x, case.bits, case.a, case.ranks, P, out=out)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(("rows", "columns", "ranks"), SPLIT)
+def test_columns_in_parts(rows, columns, ranks, dtype, poisoned, monkeypatch):
+    """Into the middle of wider rows, whose rest stays; control: a product that loses its last part is not as good."""
+    case, total = make(rows, columns, ranks, dtype), sum(ranks)
+    buffer = torch.full((rows, total + 24), float("nan"), dtype=dtype, device=DEVICE)
+    out = product(case, buffer[:, 8 : total + 8])
+    assert poisoned[0] > 2
+    expected = plain(case, dtype)[0], plain(case, torch.float64)[0]
+    assert_as_good(out, *expected, dtype)
+    assert buffer[:, :8].isnan().all()
+    assert buffer[:, total + 8 :].isnan().all()
+    add = masked._add_parts
+    monkeypatch.setattr(masked, "_add_parts", lambda parts, out: add(parts[:-1], out))
+    lossy = product(case)
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_good(lossy, *expected, dtype)
+
+
+def test_tall_blocks(poisoned, monkeypatch):
+    """What thousands of rows take, on fewer."""
+    case = make(150, 1100, (5, 20), BF16)
+    monkeypatch.setattr(masked, "_product_tile", lambda *_: {"BN": 128, "BK": 64, "num_warps": 8})
+    assert_as_good(product(case), plain(case, BF16)[0], plain(case, torch.float64)[0], BF16)
+    assert poisoned == [4]
+
+
+def test_parts_depend_on_the_shape_alone(poisoned):
+    """Other strides, another dtype of the result and other neighbours in memory: the same parts and the same bits."""
+    case = make(33, 1100, (5, 20), BF16)
+    first = product(case)
+    wide = torch.full((33, 1300), float("nan"), dtype=BF16, device=DEVICE)
+    wide[:, 100:1200] = case.x
+    moved = case._replace(x=wide[:, 100:1200], a=case.a.contiguous())
+    assert torch.equal(product(moved), first)
+    assert torch.equal(product(moved, torch.empty(33, 25, device=DEVICE)).to(BF16), first)
+    assert poisoned == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "ranks", "parts"),
+    [
+        (128, 4096, (64, 64, 64), 16),
+        (512, 4096, (64, 64, 64), 16),
+        (1024, 4096, (64, 64, 64), 8),
+        (1024, 4096, (8, 8, 8), 8),
+        (1024, 11008, (64,), 16),
+        (1024, 896, (64, 64, 64), 3),
+        (128, 18944, (64,), 30),
+        (2048, 4096, (64, 64, 64), 4),
+        (8192, 4096, (64, 64, 64), 2),
+        (8192, 896, (64, 64, 64), 1),
+        (16384, 4096, (64, 64, 64), 1),
+        (20000, 18944, (64,), 1),
+        (1, 1, (1,), 1),
+        (1, 0, (1,), 1),
+    ],
+)
+def test_how_many_parts(rows, columns, ranks, parts):
+    """They cover the columns, none is empty, and they fill the GPU once: two programs each where those are small."""
+    tile = masked._product_tile(BF16, rows, columns)
+    batches = batches_of(ranks, 256, 64)
+    count, span = masked._product_parts(rows, columns, tile, batches)
+    assert count == parts
+    assert (count - 1) * span * tile["BK"] < max(columns, 1) <= count * span * tile["BK"]
+    blocks = -(-rows // tile["BN"])
+    assert count == 1 or count * blocks <= 132 * (2 if ranks == (64,) else 1)
+
+
+@pytest.mark.parametrize("count", [2, 8, 19])
+def test_parts_are_added_first_to_last(count):
+    generator = torch.Generator().manual_seed(count)
+    parts = torch.randn(count, 37, 23, generator=generator).to(DEVICE)
+    buffer = torch.full((37, 30), float("nan"), device=DEVICE)
+    masked._add_parts(parts, buffer[:, 3:26])
+    expected = torch.zeros(37, 23, device=DEVICE)
+    for part in parts:
+        expected += part
+    assert torch.equal(buffer[:, 3:26], expected)
+    assert buffer[:, [0, 1, 2, 26, 27, 28, 29]].isnan().all()
+    backwards = parts.flip(0).cumsum(0)[-1]
+    assert count == 2 or not torch.equal(backwards, expected)
+
+
 def test_ranks_are_cut_and_packed_into_launches():
     assert slots_of((8, 24), 256) == [(0, 0, 8, 16), (1, 8, 24, 32)]
+    assert slots_of((8, 100), 256, 64) == [(0, 0, 8, 64), (1, 8, 100, 128)]
     assert slots_of((300,), 256) == [(0, 0, 256, 256), (0, 256, 44, 64)]
     assert [len(batch) for batch in batches_of((64, 64, 64), 256)] == [3]
     assert [len(batch) for batch in batches_of((128, 128, 1), 256)] == [2, 1]
+    assert [len(batch) for batch in batches_of((8,) * 5, 256, 64)] == [4, 1]
     assert [slot[0] for batch in batches_of((300, 16), 256) for slot in batch] == [0, 0, 1]
 
 
@@ -245,6 +355,10 @@ def test_refusals():
     [
         (8192, 3584, (64, 64, 64)),
         (1024, 4096, (8, 8, 8)),
+        (1024, 4096, (64, 64, 64, 64)),
+        (512, 11008, (64,)),
+        (128, 18944, (128, 24)),
+        (4097, 2056, (64, 128)),
         (2000, 18944, (64,)),
         (1111, 896, (16, 16)),
         (512, 896, (512,)),
