@@ -113,13 +113,13 @@ def parse(arguments: Sequence[str]) -> tuple[Job, bool]:
 class Trainer(NamedTuple):
     """A loaded model with what trains it: `step(micro-batches on the host)` gives the step's mean loss, ().
 
-    Where steps are replayed, `stop_replaying` ends that: a replay allocates nothing that torch counts.
+    Where steps are replayed, the next one after `forget_graphs` is not: a replay allocates nothing that torch counts.
     """
 
     model: Any
     step: Callable[[list[Any]], Any]
     describe: Callable[[], dict[str, Any]]
-    stop_replaying: Callable[[], None] | None = None
+    forget_graphs: Callable[[], None] | None = None
 
 
 def import_all(peer: str) -> float:
@@ -153,7 +153,7 @@ def load_ours(job: Job) -> Trainer:
         device=job.device,
     )  # fmt: skip
     stepper = Stepper.from_checkpoint(Path(job.model), options)
-    return Trainer(stepper.model, stepper.step, stepper.describe, stepper.stop_replaying)
+    return Trainer(stepper.model, stepper.step, stepper.describe, stepper.forget_graphs)
 
 
 def load_unsloth(job: Job) -> Any:
@@ -312,8 +312,8 @@ def run(job: Job, imported: float | None = None) -> dict[str, Any]:
     if cuda:
         free, total = torch.cuda.mem_get_info()
         memory |= {"device_used": total - free, "peak_reserved": torch.cuda.max_memory_reserved()}
-        if trainer.stop_replaying:
-            trainer.stop_replaying()
+        if trainer.forget_graphs:
+            trainer.forget_graphs()
             trainer.step(micro[:1])
         memory["peak_allocated"] = torch.cuda.max_memory_allocated()
     return {

@@ -31,7 +31,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records (pairs in dpo) a micro-batch. [4]")] = None,
     gradient_accumulation: Annotated[
-        int | None, typer.Option(help="Micro-batches a step; a GPU takes several in a pass where they fit. [4]")
+        int | None, typer.Option(help="Micro-batches a step; on a GPU a step is cut into passes by tokens. [4]")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a record; longer ones are cut. [1024]")] = None,
     skip_too_long: Annotated[

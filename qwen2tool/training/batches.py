@@ -85,14 +85,17 @@ def pack(samples: Sequence[Sample]) -> Packed:
     )
 
 
-def fill_up(batch: Packed, sequences: int) -> Packed:
+def fill_up(batch: Packed, sequences: int, most: int | None = None) -> Packed:
     """The same batch in one of few shapes, so that a captured graph serves many batches.
 
-    Tokens are filled up to a size of `bucket` with a sequence of their own that nothing scores, scored rows to what
-    `rows_for` gives for it with the label IGNORED, and offsets to `sequences` + 2 entries with empty sequences.
+    Tokens are filled up with a sequence of their own that nothing scores: to a size of `bucket`, or, where no batch
+    has more than `most`, to that, its half or its quarter; scored rows to what `rows_for` gives for it with the label
+    IGNORED, and offsets to `sequences` + 2 entries with empty sequences.
     """
     count, scored = len(batch["input_ids"]), len(batch["labels"])
     size = bucket(count)
+    if most is not None:
+        size = next(part for part in (most // 4, most // 2, most) if part >= max(count, 128))
     room = rows_for(scored, size)
     extra, offsets = size - count, batch["offsets"]
     tail = offsets.new_full((sequences + 2 - len(offsets),), size)
@@ -130,28 +133,71 @@ def rows_for(scored: int, size: int) -> int:
     return room
 
 
+def cut(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Positions of `sizes` in groups of at most `most` together: each, from the largest, into the first with room.
+
+    Groups and what they hold keep the order of the positions.
+
+    Raises:
+        ValueError: one is larger than `most`.
+    """
+    if max(sizes) > most:
+        raise ValueError(f"a record of {max(sizes)} tokens in passes of at most {most}")
+    groups: list[list[int]] = []
+    rooms: list[int] = []
+    for position in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        group = next((number for number, room in enumerate(rooms) if room >= sizes[position]), len(groups))
+        if group == len(groups):
+            groups.append([])
+            rooms.append(most)
+        groups[group].append(position)
+        rooms[group] -= sizes[position]
+    return sorted(map(sorted, groups))
+
+
 class SftCollator:
-    """(B samples) -> one packed batch.
+    """(B samples) -> the passes over them, packed.
 
     Args:
-        fill: sequences a batch has at most, to fill batches up to few shapes; None leaves them as they are.
+        fill: sequences there are at most, to fill passes up to few shapes; None leaves them as they are.
+        most: tokens of a pass; None makes one pass of them all.
     """
 
-    def __init__(self, fill: int | None = None) -> None:
-        self.fill = fill
+    def __init__(self, fill: int | None = None, most: int | None = None) -> None:
+        self.fill, self.most = fill, most
 
-    def __call__(self, samples: Sequence[Sample]) -> Packed:
+    def __call__(self, items: Sequence[Any]) -> list[Packed]:
+        groups = [list(range(len(items)))]
+        if self.most is not None:
+            groups = cut([sum(len(sample.ids) for sample in self.samples(item)) for item in items], self.most)
+        return [self.one_pass([items[position] for position in group]) for group in groups]
+
+    def samples(self, item: Any) -> Sequence[Sample]:
+        """The sequences of one item."""
+        return (item,)
+
+    def one_pass(self, items: Sequence[Any]) -> Packed:
+        """All of them in one."""
+        return self.packed(items)
+
+    def packed(self, samples: Sequence[Sample]) -> Packed:
+        """Samples behind one another, filled up where that is asked for."""
         batch = pack(samples)
         batch["tokens"], batch["scored"] = len(batch["input_ids"]), len(batch["labels"])
-        return batch if self.fill is None else fill_up(batch, self.fill)
+        return batch if self.fill is None else fill_up(batch, self.fill, self.most)
 
 
 class DpoCollator(SftCollator):
-    """(B pairs with their reference log-probs) -> 2 B sequences, the chosen ones first."""
+    """(B pairs with their reference log-probs) -> passes of two sequences a pair, the chosen ones first."""
 
-    def __call__(self, pairs: Sequence[tuple[Sample, Sample, float, float]]) -> Packed:  # type: ignore[override]
-        batch = super().__call__([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
-        batch["records"] = batch["records"][: len(pairs)]
-        batch["reference_chosen"] = torch.tensor([pair[2] for pair in pairs])
-        batch["reference_rejected"] = torch.tensor([pair[3] for pair in pairs])
+    def samples(self, item: Any) -> Sequence[Sample]:
+        """Chosen and rejected, which stay together."""
+        return (item[0], item[1])
+
+    def one_pass(self, items: Sequence[tuple[Sample, Sample, float, float]]) -> Packed:
+        """All of them in one, with what the reference says."""
+        batch = self.packed([pair[0] for pair in items] + [pair[1] for pair in items])
+        batch["records"] = batch["records"][: len(items)]
+        batch["reference_chosen"] = torch.tensor([pair[2] for pair in items])
+        batch["reference_rejected"] = torch.tensor([pair[3] for pair in items])
         return batch

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from qwen2tool.routing.memory import PRODUCTS, WORKSPACES, MemoryPlan, Recompute
 from qwen2tool.routing.plan import RoutePlan, plan_routes
 from qwen2tool.routing.sizes import may_wait_on_host, measure, stream_dtype
 from qwen2tool.routing.swap import route
+from qwen2tool.training.batches import bucket
 
 ROOM = 0.92
 """The share of free memory that a plan without a budget fills: the allocator needs some between blocks."""
@@ -22,7 +22,7 @@ GROWTH = 3.5
 """A pool at worst, in passes of the largest shape, where each larger one found no block that it could use again: the
 sum of all sizes of `batches.bucket` up to the largest."""
 MOST_TOKENS = 8192
-"""Of a pass over several micro-batches. From some 4096 on a Hopper GPU is busy with products, and a larger pass gains
+"""Of a pass that a step is cut into. From some 4096 on a Hopper GPU is busy with products, and a larger pass gains
 nothing more; what it fills up and what it keeps grow on."""
 PASS_SECONDS = 0.01
 """What a replayed pass costs beside its products: inputs, launch, the guard's wait, a Trainer's loop around them."""
@@ -56,21 +56,21 @@ class Shared(NamedTuple):
 
 
 class Plans(NamedTuple):
-    """What runs, what is kept, whether passes are replayed from CUDA graphs, what those reserve (bytes), and how many
-    micro-batches go into one pass."""
+    """What runs, what is kept, whether passes are replayed from CUDA graphs, what those reserve (bytes), and the tokens
+    of a pass where a step is cut into passes by tokens, None where a micro-batch is one."""
 
     routes: RoutePlan
     memory: MemoryPlan
     graphs: bool
     reserve: int
-    joined: int
+    cut: int | None
 
     def __str__(self) -> str:
         layers = ", ".join(f"{count} x {what}" for what, count in self.routes.counts.items())
         kept = str(self.memory) if "fused layer" in self.routes.counts else ""
         graphs = "CUDA graphs" if self.graphs else ""
-        joined = f"{self.joined} micro-batches a pass" if self.joined > 1 else ""
-        return "; ".join(filter(None, [f"layers {layers}", kept, graphs, joined]))
+        cut = f"passes of up to {self.cut} tokens" if self.cut else ""
+        return "; ".join(filter(None, [f"layers {layers}", kept, graphs, cut]))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; modules by name."""
@@ -78,7 +78,7 @@ class Plans(NamedTuple):
             "modules": self.routes.to_json(),
             "memory": self.memory.describe(),
             "graphs": self.graphs,
-            "micro_batches_a_pass": self.joined,
+            "tokens_a_pass": self.cut,
         }
 
 
@@ -93,7 +93,7 @@ def put_on_fast_path(
     reference: bool = False,
     graphs: bool = True,
     shapes: Literal["one", "many"] = "one",
-    joinable: Mapping[int, int] = MappingProxyType({}),
+    cuts: Sequence[int] = (),
 ) -> Plans:
     """Routes `model` in place for passes of at most `tokens` tokens, in sequences of at most `length`.
 
@@ -104,7 +104,8 @@ def put_on_fast_path(
         reference: run transformers' own layers, for comparison.
         graphs: capture passes where that is possible: on CUDA, with every layer fused.
         shapes: "many" if passes come in several shapes, each of which is captured.
-        joinable: tokens of a pass over so many micro-batches at once, where those may take the place of single ones.
+        cuts: tokens that passes may have at most instead, the least of them those of the longest record: a step is
+            then cut into passes of the best of these, where there is a choice.
     """
     sizes = measure(model, tokens, length, dtype)
     space = _all_there_is(model) if budget is None else budget
@@ -114,18 +115,18 @@ def put_on_fast_path(
     all_fused = plan_routes(model, reference=reference).counts.get("fused layer", 0) == sizes.layers
     graphs = graphs and on_gpu and fixed_rope and all_fused
     # A CPU gains nothing by larger passes, and a mask of tokens by tokens (layers not fused) grows with their square.
-    larger = {count: n for count, n in joinable.items() if n <= MOST_TOKENS} if on_gpu and all_fused else {}
-    sized = {1: sizes} | {count: replace(sizes, tokens=n) for count, n in larger.items()}
+    choice = cuts if cuts and on_gpu and all_fused else (tokens,)
+    sized = {count: replace(sizes, tokens=count) for count in choice}
     options: dict[str, Any] = {"host": on_gpu and not reference, "graphs": graphs, "many_shapes": shapes == "many"}
     shared = {count: share_memory(each, space, recompute, **options) for count, each in sized.items()}
-    joined = join(shared, sized, space, as_kept=budget is None)
-    memory, graphs, reserve = shared[joined]
+    best = best_cut(shared, sized, space, as_kept=budget is None)
+    memory, graphs, reserve = shared[best]
     if memory.host_embedding:
         embedding_to_host(model)
     plan = route(model, memory=memory, residual_dtype=stream_dtype(dtype), reference=reference)
     if not all_fused and recompute != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return Plans(plan, memory, graphs, reserve, joined)
+    return Plans(plan, memory, graphs, reserve, best if choice is cuts else None)
 
 
 def share_memory(
@@ -150,17 +151,27 @@ def share_memory(
     return Shared(plan_memory(sizes, budget, recompute, host=host), graphs, 0)
 
 
-def join(shared: Mapping[int, Shared], sizes: Mapping[int, Sizes], budget: int, *, as_kept: bool) -> int:
-    """How many micro-batches of a step go into one pass, 1 among them: the fastest that fits.
+def cuts(longest: int, step: int) -> list[int]:
+    """The sizes of passes to choose from: those of `bucket` from that of the longest record to that of the largest
+    step, MOST_TOKENS or less where a record allows it."""
+    found = [longest]
+    while found[-1] < min(step, MOST_TOKENS):
+        found.append(bucket(found[-1] + 1))
+    return found
 
-    A step's loss is a mean over all that its micro-batches hold, so one pass over several is the same step. It saves
-    the time around a pass and unpacks weights once, and it may leave less room to keep what the backward needs, which
-    is then computed again: the sum of these times is least. Graphs are never given up for it.
+
+def best_cut(shared: Mapping[int, Shared], sizes: Mapping[int, Sizes], budget: int, *, as_kept: bool) -> int:
+    """How many tokens a pass has at most: the fastest that fits, the fewest where none does.
+
+    A step's loss is a mean over all that its passes hold, so that it is the same step however it is cut. A larger pass
+    saves the time around passes and unpacks weights less often, and it may leave less room to keep what the backward
+    needs, which is then computed again: the sum of these times is least. Graphs are never given up for it.
 
     Args:
-        shared, sizes: of a pass over so many.
-        as_kept: take only what computes no more again than single micro-batches do: nobody asked for less memory.
+        shared, sizes: of passes of so many tokens.
+        as_kept: take only what computes no more again than the smallest passes do: nobody asked for less memory.
     """
+    least = min(shared)
 
     def again(count: int) -> float:
         """Operations a token that are no training: what is computed again, and unpacking counted as such."""
@@ -170,14 +181,14 @@ def join(shared: Mapping[int, Shared], sizes: Mapping[int, Sizes], budget: int, 
 
     def seconds(count: int) -> float:
         """A token."""
-        return PASS_SECONDS / sizes[count].tokens + again(count) / PRODUCTS
+        return PASS_SECONDS / count + again(count) / PRODUCTS
 
     def fits(count: int) -> bool:
         memory, graphs, _ = shared[count]
-        more = again(count) > again(1) + 1  # of some 10^9: not by rounding alone
-        return memory.estimate <= budget and graphs >= shared[1].graphs and not (as_kept and more)
+        more = again(count) > again(least) + 1  # of some 10^9: not by rounding alone
+        return memory.estimate <= budget and graphs >= shared[least].graphs and not (as_kept and more)
 
-    return min([1, *filter(fits, shared)], key=seconds)
+    return min([least, *filter(fits, shared)], key=seconds)
 
 
 def _all_there_is(model: Any) -> int:

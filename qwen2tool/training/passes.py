@@ -76,6 +76,11 @@ class Passes:
         """How many graphs there are."""
         return len(self._captured)
 
+    def forget(self) -> None:
+        """Every shape comes for the first time again."""
+        self._seen.clear()
+        self._captured.clear()
+
     def __call__(self, batch: Batch) -> Outcome:
         """One pass; the outcome is the caller's."""
         if not self._graphs:

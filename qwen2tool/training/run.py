@@ -25,7 +25,7 @@ from qwen2tool.errors import UserError
 from qwen2tool.training.batches import bucket
 from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
 from qwen2tool.training.dataset import Records, as_samples, read_records
-from qwen2tool.training.fast import Plans, put_on_fast_path
+from qwen2tool.training.fast import Plans, cuts, put_on_fast_path
 from qwen2tool.training.model import Placement, place, save_adapter, trainable_model
 from qwen2tool.training.report import TrainReport, ends, environment, median, peak_memory
 from qwen2tool.training.resume import (
@@ -65,7 +65,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
     before = task.score()
     _prepare_output(output, settings, checked.inputs, checked.resume_from)
     clock = StepClock()
-    arguments = trainer_arguments(settings, checked.placement, output, joined=plans.joined)
+    arguments = trainer_arguments(settings, checked.placement, output, whole_steps=plans.cut is not None)
     trainer = _make_trainer(task, arguments, output, clock)
     _run(trainer, checked.resume_from)
     trainer.release()
@@ -133,17 +133,13 @@ def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool)
 
 
 def _route(model: Any, settings: TrainSettings, placement: Placement, records: Records) -> Plans:
-    """The model on its routes, said in a line; the largest batch that can come is what memory is planned for."""
+    """The model on its routes, said in a line; the largest pass that can come is what memory is planned for."""
     largest = sorted((sum(len(s.ids) for s in as_samples(item)) for item in records.items), reverse=True)
-    passes = settings.gradient_accumulation
-    tokens = {
-        count: bucket(sum(largest[: settings.batch_size * count]))
-        for count in range(1, passes + 1)
-        if passes % count == 0  # a step stays the records it is
-    }
+    step = settings.batch_size * settings.gradient_accumulation
+    most = bucket(sum(largest[:step]))
     plans = put_on_fast_path(
         model,
-        tokens=tokens[1],
+        tokens=bucket(sum(largest[: settings.batch_size])),
         length=max(len(s.ids) for item in records.items for s in as_samples(item)),
         dtype=placement.torch_dtype,
         budget=int(settings.memory_budget * 1e9) if settings.memory_budget else None,
@@ -151,13 +147,13 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
         reference=settings.routes == "reference",
         graphs=settings.graphs == "auto",
         shapes="many",
-        joinable=tokens,
+        cuts=cuts(bucket(largest[0]), most),
     )
     needed = plans.memory.estimate
     if settings.memory_budget and placement.device == "cuda" and needed > settings.memory_budget * 1e9:
         raise UserError(
             f"--memory-budget is {settings.memory_budget:g} GB, the smallest plan needs about {needed / 1e9:.1f}",
-            "Raise it, lower --batch-size or --max-length, or pass --quantize nf4",
+            "Raise it, lower --max-length, or pass --quantize nf4",
         )
     remark(f"routes: {plans}")
     return plans
@@ -242,8 +238,11 @@ def _make_trainer(task: Task, arguments: TrainingArguments, output: Path, clock:
     return trainer
 
 
-def trainer_arguments(settings: TrainSettings, placement: Placement, output: Path, *, joined: int) -> TrainingArguments:
-    """The settings as the Trainer has them; to it, `joined` micro-batches are one."""
+def trainer_arguments(
+    settings: TrainSettings, placement: Placement, output: Path, *, whole_steps: bool
+) -> TrainingArguments:
+    """The settings as the Trainer has them; with `whole_steps` a batch of its own is all of a step."""
+    micro_batches = settings.gradient_accumulation
     options: dict[str, Any] = {
         "max_steps": settings.max_steps or -1,
         "save_strategy": "steps" if settings.save_steps else "no",
@@ -251,8 +250,8 @@ def trainer_arguments(settings: TrainSettings, placement: Placement, output: Pat
     }
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
-        per_device_train_batch_size=settings.batch_size * joined,
-        gradient_accumulation_steps=settings.gradient_accumulation // joined,
+        per_device_train_batch_size=settings.batch_size * (micro_batches if whole_steps else 1),
+        gradient_accumulation_steps=1 if whole_steps else micro_batches,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,

@@ -37,7 +37,7 @@ class TrainSettings:
         learning_rate, scheduler, warmup_ratio, weight_decay, max_grad_norm: of AdamW; warm-up as a share of all steps.
         epochs, max_steps: how long; `max_steps` wins where it is not None.
         batch_size, gradient_accumulation: records (pairs in DPO) a micro-batch, and micro-batches a step. On a GPU
-            several go in one pass where they fit; that is the same step, and only dropout draws other masks.
+            a step is cut into passes by tokens instead: the same step, only dropout draws other masks.
         max_length: tokens; longer records are cut at the end.
         skip_too_long: leave out records whose answer does not fit at all, instead of stopping.
         recompute: which activations the backward recomputes: "auto" keeps what `memory_budget` holds.

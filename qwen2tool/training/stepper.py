@@ -103,11 +103,11 @@ class Stepper:
         graphs = self._passes.captured if self._passes else 0
         return {**self._described, "graphs": graphs}
 
-    def stop_replaying(self) -> None:
-        """From here on passes run eagerly. A replay allocates nothing that torch counts: where graphs were captured
-        before the optimizer had its state, the peak that torch tells is too low by that until a pass ran so."""
-        self._optimizer.zero_grad()
-        self._passes = Passes(self._loss, self._parameters, nullcontext, graphs=False)
+    def forget_graphs(self) -> None:
+        """The next pass runs eagerly, as the first one did. A replay allocates nothing that torch counts: where graphs
+        were captured before the optimizer had its state, the peak that torch tells lacks that until a pass ran so."""
+        if self._passes is not None:
+            self._passes.forget()
 
     def _prepare(self, ids: torch.Tensor) -> None:
         options = self.options

@@ -45,9 +45,12 @@ class _Common:
         self._settings, self._model, self._placement = settings, model, placement
         self._train, self._held_out, self._plans = train, held_out, plans
 
-    def _fill(self, sequences: int) -> int | None:
-        """Sequences a batch has at most where batches are filled up for graphs; a record is `sequences` of them."""
-        return self._settings.batch_size * self._plans.joined * sequences if self._plans.graphs else None
+    def _cut(self, sequences: int) -> tuple[int | None, int | None]:
+        """What a collator is told: the sequences there are at most where passes are filled up for graphs (a record is
+        `sequences` of them), and the tokens of a pass."""
+        micro_batches = self._settings.gradient_accumulation if self._plans.cut else 1
+        most = self._settings.batch_size * micro_batches * sequences
+        return most if self._plans.graphs else None, self._plans.cut
 
     def _how(self) -> dict[str, Any]:
         """What a trainer of either task is told of how passes run."""
@@ -67,7 +70,7 @@ class SftTask(_Common):
             places=self._train.places,
             model=self._model,
             train_dataset=SampleDataset(self._train.items),
-            data_collator=SftCollator(self._fill(1)),
+            data_collator=SftCollator(*self._cut(1)),
             **self._how(),
             **options,
         )
@@ -98,7 +101,7 @@ class DpoTask(_Common):
             places=self._train.places,
             model=self._model,
             train_dataset=SampleDataset(pairs),
-            data_collator=DpoCollator(self._fill(2)),
+            data_collator=DpoCollator(*self._cut(2)),
             **self._how(),
             **options,
         )

@@ -75,10 +75,10 @@ class GuardedTrainer(Trainer):
         self.tokens, self.seconds = 0, 0.0
         self._sums: dict[str, list[float]] = defaultdict(list)
 
-    def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Batch], torch.Tensor | int | None]:
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[list[Batch]], torch.Tensor | int | None]:
         """Adds what the step's loss is a mean over, in all its batches; Trainer's own counts labels it has to shift."""
         batches, _ = super().get_batch_samples(*arguments, **options)
-        return batches, sum(map(self.weight, batches))
+        return batches, sum(self.weight(one) for batch in batches for one in batch)
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Trainer's loop, with the seconds it took in `seconds`."""
@@ -88,12 +88,18 @@ class GuardedTrainer(Trainer):
         finally:
             self.seconds = time.perf_counter() - start
 
-    def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward of one batch, checked; its share of the step's loss, (), detached."""
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[Batch], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward of each pass of a batch, checked; their share of the step's loss, (), detached."""
         passes = self._passes_over(model)
+        device = next(iter(self._trainable.values())).device
+        divisor = torch.full((), float(num_items_in_batch), device=device)
+        return torch.stack([self._one_pass(passes, one, divisor) for one in inputs]).sum()
+
+    def _one_pass(self, passes: Passes, inputs: Batch, divisor: torch.Tensor) -> torch.Tensor:
         self.where.enter(self.state.global_step + 1, inputs["records"])
         batch = {name: value for name, value in self._prepare_inputs(inputs).items() if name not in ON_HOST}
-        divisor = torch.full((), float(num_items_in_batch), device=batch["labels"].device)
         outcome = passes(batch | {"divisor": divisor})
         scaler = self.accelerator.scaler
         # A loss scaler looks for gradients that overflowed itself, and skips their step.
@@ -129,12 +135,12 @@ class GuardedTrainer(Trainer):
             model.train()
         return self._passes
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: list[Batch]) -> int:
         """Trainer's own estimate; it would count the parameters anew in every pass, which takes longer than a replay
         does to launch."""
         if self._counted is None:
             self._counted = self.model.num_parameters(exclude_embeddings=True)
-        return int(6 * inputs["input_ids"].numel() * self._counted)
+        return int(6 * sum(one["input_ids"].numel() for one in inputs) * self._counted)
 
     def release(self) -> None:
         """Gives back what captured passes hold of the GPU, once training is over."""

@@ -151,13 +151,13 @@ def test_a_batch_filled_up_wrongly_would_show(name, routed):
 
 def test_what_a_batch_holds_is_told_without_what_fills_it_up():
     for fill in (None, 3):
-        batch = SftCollator(fill)(THREE)
+        (batch,) = SftCollator(fill)(THREE)
         assert (batch["tokens"], batch["scored"]) == (8, 3) == (8, int((batch["labels"] != IGNORED).sum()))
 
 
 def test_sft_collator():
-    assert SftCollator()(THREE)["input_ids"].shape == (8,)
-    assert SftCollator(fill=3)(THREE)["input_ids"].shape == (128,)
+    assert SftCollator()(THREE)[0]["input_ids"].shape == (8,)
+    assert SftCollator(fill=3)(THREE)[0]["input_ids"].shape == (128,)
     dataset = SampleDataset(THREE)
     assert len(dataset) == 3 and dataset[1] is THREE[1]
 
@@ -167,7 +167,7 @@ def test_dpo_collator(fill):
     """Chosen first, then rejected; records and reference log-probs once a pair."""
     chosen, rejected = THREE, samples(2, 6, 4, seed=3)
     pairs = [(c, r, -1.5 - i, -2.5 - i) for i, (c, r) in enumerate(zip(chosen, rejected, strict=True))]
-    batch = DpoCollator(fill)(pairs)
+    (batch,) = DpoCollator(fill)(pairs)
     expected = [i for part in (*chosen, *rejected) for i in part.ids]
     assert batch["input_ids"][: len(expected)].tolist() == expected
     assert batch["offsets"][:7].tolist() == [0, 4, 5, 8, 10, 16, 20]

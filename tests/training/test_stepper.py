@@ -144,10 +144,10 @@ def test_shapes_may_change_between_steps(shape, base_folder):
         assert relative_error(stepper.step(several), plain.step(several)) < 1e-5
 
 
-def test_steps_go_on_when_replaying_stops(base_folder):
+def test_steps_go_on_when_graphs_are_forgotten(base_folder):
     stepper, model = make(base_folder)
     plain = Plain(model, stepper.options)
     for seed in (1, 2, 3):
         several = batches(seed=seed)
         assert relative_error(stepper.step(several), plain.step(several)) < 1e-5
-        stepper.stop_replaying()
+        stepper.forget_graphs()

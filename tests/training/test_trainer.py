@@ -66,7 +66,7 @@ def test_every_pair_of_a_step_weighs_the_same_however_it_is_cut_into_batches(tmp
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
 def test_a_batch_has_the_size_asked_for_however_many_gpus_are_seen(tmp_path, gpus):
     trainer = trainer_on(tmp_path, gpus=gpus)
-    assert len(next(iter(trainer.get_train_dataloader()))["records"]) == 2
+    assert len(next(iter(trainer.get_train_dataloader()))[0]["records"]) == 2
     assert trainer.args.n_gpu <= 1
 
 
@@ -79,7 +79,7 @@ def test_tokens_are_those_of_the_records_without_what_fills_up(tmp_path, pairs, 
     sides = [pair[:2] if pairs else (pair,) for pair in records[:5]]
     assert trainer.tokens == sum(len(sample.ids) for side in sides for sample in side)
     if fill:
-        assert len(trainer.data_collator(records[:3])["input_ids"]) > trainer.tokens
+        assert len(trainer.data_collator(records[:3])[0]["input_ids"]) > trainer.tokens
 
 
 def test_a_pass_trains_whatever_scored_the_model_before(tmp_path):
@@ -106,8 +106,9 @@ def test_a_pass_trains_whatever_scored_the_model_before(tmp_path):
 def test_operations_are_counted_as_the_trainer_does(tmp_path):
     trainer = trainer_on(tmp_path)
     for count in (2, 3):
-        batch = trainer.data_collator(ITEMS[:count])
-        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
+        (batch,) = trainer.data_collator(ITEMS[:count])
+        one = Trainer.floating_point_ops(trainer, batch)
+        assert trainer.floating_point_ops([batch, batch]) == 2 * one > 0
 
 
 class Scaler:
