@@ -43,6 +43,7 @@ class Sizes:
         embedding_on_host: the table is there already (and not in `static`).
         stream_itemsize: bytes of a number between layers, 0: `itemsize`.
         packed: the frozen linears are in 4 bits.
+        masked: the adapters have dropout.
     """
 
     tokens: int
@@ -62,6 +63,7 @@ class Sizes:
     embedding_on_host: bool = False
     stream_itemsize: int = 0
     packed: bool = False
+    masked: bool = False
 
     @property
     def input(self) -> int:
@@ -105,7 +107,8 @@ class Sizes:
     def mlp_backward(self) -> int:
         """Of one layer: the gradient of its output, in which that of h will stand; silu(gate) up or its gradient; two
         rows of H."""
-        return self.tokens * (self.intermediate + 2 * self.hidden) * self.itemsize + self.input
+        rows = self.intermediate + 2 * self.hidden
+        return self.tokens * rows * self.itemsize + self.input + self._masks(5 * self.hidden + self.intermediate)
 
     @property
     def attention_backward(self) -> int:
@@ -114,7 +117,12 @@ class Sizes:
         qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
         weights = self._qkv_weights + self._o_weights
         activations = self.tokens * ((2 * qkv + row) * self.itemsize + 4 * self.query_columns)
-        return weights * self.itemsize + activations + self.input
+        masks = self._masks(3 * self.hidden + self.query_columns)
+        return weights * self.itemsize + activations + self.input + masks
+
+    def _masks(self, columns: int) -> int:
+        """Bytes of dropout's bits for inputs of so many columns, one each adapter."""
+        return self.tokens * columns // 8 if self.masked else 0
 
     def mlp_backward_weights(self, frugal: bool) -> int:
         """Unpacked at once in the backward of one layer's MLP, adapters among them."""
@@ -143,7 +151,8 @@ class Sizes:
     def forward(self) -> int:
         """Peak of one layer's forward above what layers keep, beside its input: at down_proj, where all lives on."""
         inner = self.tokens * (self.intermediate + self.rank_columns)
-        return (self._down_weights + inner) * self.itemsize + self.attention + self.mlp + self.input
+        kept = self.attention + self.mlp + self.input
+        return (self._down_weights + inner) * self.itemsize + kept + self._masks(self.intermediate)
 
     @property
     def unpacking(self) -> float:

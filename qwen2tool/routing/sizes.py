@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from qwen2tool.routing.memory import Sizes
 
@@ -42,6 +43,7 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         embedding_on_host=on_device and table.device != head.device,
         bus=_bus_rate(head.device) if head.is_cuda else Sizes.bus,
         packed=any(getattr(p, "quant_type", None) for p in model.parameters()),
+        masked=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if "lora_dropout" in n),
     )
 
 

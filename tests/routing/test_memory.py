@@ -19,7 +19,7 @@ SMALL = Sizes(
 )  # fmt: skip
 MODELS = {
     "7B": LARGE,
-    "7B in 4 bits": replace(LARGE, packed=True),
+    "7B in 4 bits": replace(LARGE, packed=True, masked=True),
     "0.5B": SMALL,
     "one layer": replace(LARGE, layers=1),
     "fp32": replace(SMALL, itemsize=4),
@@ -179,10 +179,14 @@ def at_every_moment(sizes, plan):
     weights = (max(wide, qkv) if plan.frugal else wide + down + qkv) * s
     always = (qkv + o + wide + down) * s * plan.layers_unpacked
     moments = []
+
+    def masks(*columns):
+        return n * sum(columns) // 8 if sizes.masked else 0
+
     for at in layers:  # forward: q, k, v, attention, h, gate, up, silu(gate) up, y
         inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 2)]
         leaving = [layer for layer in (at - 1, at - 2) if layer >= 0 and away[layer]]
-        work = attention + gate_up + n * (i + sizes.rank_columns) * s + x + down * s
+        work = attention + gate_up + n * (i + sizes.rank_columns) * s + x + down * s + masks(i)
         moments.append(sum(map(kept, range(at))) + len(inputs) * x + len(leaving) * gate_up + work)
     inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers
     logits = (plan.head_rows or 1024) * sizes.vocabulary * (4 + s) if s == 2 else plan.head_rows * sizes.vocabulary * 6
@@ -191,9 +195,9 @@ def at_every_moment(sizes, plan):
         inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 1)]
         arriving = gate_up if at and away[at - 1] else 0
         there = sum(map(kept, range(at))) + len(inputs) * x + tails + attention + arriving + x
-        moments.append(there + weights + gate_up + n * (i + 2 * h) * s)
+        moments.append(there + weights + gate_up + n * (i + 2 * h) * s + masks(3 * h, 2 * h, i))
         # then attention's: d_output, dq dk dv, [dq | dk | dv], fp32 dq
-        moments.append(there + (qkv + o) * s + n * (h + q + 2 * (q + 2 * kv)) * s + 4 * n * q)
+        moments.append(there + (qkv + o) * s + n * (h + q + 2 * (q + 2 * kv)) * s + 4 * n * q + masks(3 * h, q))
     static = sizes.static + always - (sizes.embedding if plan.host_embedding else 0)
     return [WORKSPACES + static + moment for moment in moments]
 
