@@ -110,16 +110,16 @@ def prefers_extended(group: Group, tokens: int) -> bool:
     return quantised or tokens > group.columns
 
 
-def unpack(group: Group, dtype: torch.dtype) -> torch.Tensor:
-    """M (O + R, K + R) with the frozen weights in their place and nothing yet in that of the adapters."""
+def unpack(group: Group, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """M (O + R, K + R), new or in `out`, with the frozen weights in their place; that of the adapters is left alone."""
     weight = group.projections[0].weight
     device = weight.packed.device if isinstance(weight, Quantised) else weight.device
     like, width = torch.empty(0, dtype=dtype, device=device), group.width
-    matrix = blank(like, group.rows + width, group.columns + width)
+    matrix = blank(like, group.rows + width, group.columns + width) if out is None else out
     row = 0
-    for projection, out in zip(group.projections, group.outs, strict=True):
-        _fill_base(matrix[row : row + out, : group.columns], projection.weight)
-        row += out
+    for projection, rows in zip(group.projections, group.outs, strict=True):
+        _fill_base(matrix[row : row + rows, : group.columns], projection.weight)
+        row += rows
     return matrix
 
 

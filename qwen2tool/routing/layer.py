@@ -224,8 +224,10 @@ class _FusedLayer(torch.autograd.Function):
         d_qkv, o_grads = _attention_backward(dh, attention, operands, tails, spec, call)
         dx, d_norm1 = None, None
         if need_dx or need_norm1:
-            dn, both = operands.backward(d_qkv), {"residual_grad": dh.plain, "out": dh.plain}
-            _, d_norm1 = rms_norm_backward(dn, x, spec.norm1, rstd1, need_weight=need_norm1, **both)
+            dn = operands.backward(d_qkv)
+            _, d_norm1 = rms_norm_backward(
+                dn, x, spec.norm1, rstd1, residual_grad=dh.plain, need_weight=need_norm1, out=dh.plain
+            )
             dx = call.handed.give(dh, spec.index)
         else:
             project_back(d_qkv, spec.qkv, operands.weights)

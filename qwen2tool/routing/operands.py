@@ -50,19 +50,29 @@ class Handed:
 
 
 class Unpacked:
-    """4-bit weights that stay unpacked between passes, [W | s B; A] a group; passes fill in A and s B anew."""
+    """4-bit weights that stay unpacked between passes, [W | s B; A] a group; passes fill in A and s B anew.
+
+    A captured graph knows them by their address, so a matrix once made stays where it is.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[tuple[Any, ...], torch.Tensor]] = {}
+        self._kept: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
 
-    def matrix(self, group: Group, dtype: torch.dtype) -> torch.Tensor:
-        """(O + R, K + R) with the frozen weights in place; unpacked again where they were exchanged or written to."""
-        state = (dtype, group.width, *(_state(projection.weight) for projection in group.projections))
-        known = self._kept.get(group.stream)
-        if known is None or known[0] != state:
-            self._kept.pop(group.stream, None)  # gone before its successor comes
-            known = self._kept[group.stream] = state, unpack(group, dtype)
-        return known[1]
+    def matrix(self, group: Group, dtype: torch.dtype) -> torch.Tensor | None:
+        """(O + R, K + R) with the frozen weights in place, written again where those were exchanged or written to.
+
+        None where another shape or dtype is asked for than first, or no adapter is on: such passes unpack for
+        themselves.
+        """
+        state = tuple(number for projection in group.projections for number in _state(projection.weight))
+        if group.width and group.stream not in self._kept:
+            self._kept[group.stream] = state, unpack(group, dtype)
+        before, matrix = self._kept.get(group.stream, (state, None))
+        if matrix is None or matrix.shape[1] != group.columns + group.width or matrix.dtype != dtype:
+            return None
+        if before != state:
+            self._kept[group.stream] = state, unpack(group, dtype, out=matrix)
+        return matrix
 
 
 def _state(weight: torch.Tensor | Quantised) -> tuple[int, ...]:

@@ -151,9 +151,14 @@ def unpackings(monkeypatch):
     seen = []
     real = qwen2tool.routing.operands.unpack
     monkeypatch.setattr(
-        qwen2tool.routing.operands, "unpack", lambda group, dtype: seen.append(group.stream) or real(group, dtype)
+        qwen2tool.routing.operands, "unpack", lambda group, *a, **o: seen.append(group.stream) or real(group, *a, **o)
     )
     return seen
+
+
+def addresses(model):
+    """Of kept weights, by their group's stream: what captured graphs hold on to."""
+    return {stream: matrix.data_ptr() for stream, (_, matrix) in find_stack(model)[0]._unpacked._kept.items()}
 
 
 def test_kept_weights_give_the_same_bits_in_every_pass(unpackings):
@@ -181,11 +186,11 @@ def test_weights_that_changed_are_unpacked_again(unpackings):
     route(model, memory=KEPT)
     ids = batch()
     logits_and_gradients(model, input_ids=ids)
-    base = find_stack(model)[0].layers[1].mlp.up_proj.base_layer
+    base, before = find_stack(model)[0].layers[1].mlp.up_proj.base_layer, addresses(model)
     with torch.no_grad():
         base.weight.mul_(1.5)
     changed = logits_and_gradients(model, input_ids=ids)
-    assert unpackings == [0, 2, 3, 4, 6, 7, 6]
+    assert unpackings == [0, 2, 3, 4, 6, 7, 6] and addresses(model) == before
     base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
     moved = logits_and_gradients(model, input_ids=ids)
     assert unpackings[7:] == [6]
@@ -194,13 +199,20 @@ def test_weights_that_changed_are_unpacked_again(unpackings):
     assert relative_error(changed["logits"], logits_and_gradients(model, input_ids=ids)["logits"]) < 1e-5
 
 
-def test_an_adapter_switched_off_is_not_in_kept_weights():
+@pytest.mark.parametrize("first", ["on", "off"])
+def test_an_adapter_switched_off_is_not_in_kept_weights(first, unpackings):
     model = lora_model(config=WIDE)
     route(model, memory=KEPT)
     ids = batch()
+    if first == "off":
+        with model.disable_adapter():
+            model(input_ids=ids, use_cache=False)
+        assert unpackings == [], "nothing is kept that training has no use for"
     on = model(input_ids=ids, use_cache=False).logits
+    before = addresses(model)
     with model.disable_adapter():
         off = model(input_ids=ids, use_cache=False).logits
+    assert unpackings == [0, 2, 3, 4, 6, 7] and addresses(model) == before
     again = model(input_ids=ids, use_cache=False).logits
     unroute(model)
     with model.disable_adapter():
