@@ -52,6 +52,10 @@ class Passes:
         scale: what is done to the loss before its backward (fp16's loss scaling).
         reserve: bytes that the pool takes in one piece before the first pass. Blocks of one shape seldom fit another,
             so that a pool left to itself grows with every larger shape; pieces cut from one block grow together again.
+
+    Attributes:
+        working: bytes that a pass works in at its peak, beside what was there before. A replay allocates nothing that
+            torch counts, and the optimizer's state may come after the last capture.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Passes:
         self._seen: set[tuple[Any, ...]] = set()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._workshop: _Workshop | None = None
+        self.working = 0
         self._gradients: list[torch.Tensor] = []
 
     @property
@@ -122,10 +127,13 @@ class Passes:
         torch.cuda.empty_cache()  # while a pool is in use the allocator does not, not even for want of memory
         stream, pool = self._workshop or self._set_up(batch)
         before = _held(pool)
+        there, highest = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
             outcome = self._run(batch)
         torch.cuda.current_stream().wait_stream(stream)
+        if torch.cuda.max_memory_allocated() > highest:
+            self.working = max(self.working, torch.cuda.max_memory_allocated() - there)
         copied = {name: value.clone() for name, value in outcome.items()}
         del outcome
         if _held(pool) > before:

@@ -50,6 +50,7 @@ class GuardedTrainer(Trainer):
     Attributes:
         step_losses: of each optimizer step, nats.
         tokens, seconds: what batches held, without what only fills them up, and how long `train` took.
+        peak: bytes of the GPU at work with all that stays there at the end, once released; 0 without graphs.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class GuardedTrainer(Trainer):
         self._counted: int | None = None
         self._scale, self._overflows, self._watched_step = 0.0, 0, -1
         self.step_losses: dict[int, float] = defaultdict(float)
-        self.tokens, self.seconds = 0, 0.0
+        self.tokens, self.seconds, self.peak = 0, 0.0, 0
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[list[Batch]], torch.Tensor | int | None]:
@@ -144,6 +145,8 @@ class GuardedTrainer(Trainer):
 
     def release(self) -> None:
         """Gives back what captured passes hold of the GPU, once training is over."""
+        if self._passes is not None and self._passes.working:
+            self.peak = torch.cuda.memory_allocated() + self._passes.working
         self._passes = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

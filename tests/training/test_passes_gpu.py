@@ -218,6 +218,18 @@ def test_warm_up_capture_and_replay_hold_what_one_eager_pass_does(model):
     assert eager + beside > 1.5 * eager + SLACK, "the control: with memory of its own a warm-up would show"
 
 
+def test_what_a_pass_works_in_is_known_when_only_replays_follow(model):
+    """The optimizer's state comes after the capture: torch's own peak then lacks it."""
+    _, lives = reserved(Run(model, graphs=False), [WIDE])
+    run = Run(model, graphs=True)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    run.step([batch_of(WIDE, seed) for seed in range(3)])
+    assert run.passes.captured == 1
+    assert 0.9 * lives < run.passes.working < 1.1 * lives + SLACK
+    assert torch.cuda.memory_allocated() + run.passes.working > torch.cuda.max_memory_allocated()
+
+
 def test_memory_taken_in_advance_serves_all_shapes_and_is_given_back(model):
     _, lives = reserved(Run(model, graphs=False), [WIDE])
     run = Run(model, graphs=True, reserve=int(1.1 * lives))
