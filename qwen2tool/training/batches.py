@@ -89,13 +89,11 @@ def fill_up(batch: Packed, sequences: int, most: int | None = None) -> Packed:
     """The same batch in one of few shapes, so that a captured graph serves many batches.
 
     Tokens are filled up with a sequence of their own that nothing scores: to a size of `bucket`, or, where no batch
-    has more than `most`, to that, its half or its quarter; scored rows to what `rows_for` gives for it with the label
-    IGNORED, and offsets to `sequences` + 2 entries with empty sequences.
+    has more than `most`, to one of `parts`; scored rows to what `rows_for` gives for it with the label IGNORED, and
+    offsets to `sequences` + 2 entries with empty sequences.
     """
     count, scored = len(batch["input_ids"]), len(batch["labels"])
-    size = bucket(count)
-    if most is not None:
-        size = next(part for part in (most // 4, most // 2, most) if part >= max(count, 128))
+    size = bucket(count) if most is None else min(part for part in parts(most) if part >= count)
     room = rows_for(scored, size)
     extra, offsets = size - count, batch["offsets"]
     tail = offsets.new_full((sequences + 2 - len(offsets),), size)
@@ -119,6 +117,14 @@ def bucket(count: int) -> int:
     while size < count:
         size += size // 2 if size >= 2048 and size & (size - 1) == 0 else size if size < 2048 else size // 3
     return size
+
+
+def parts(most: int) -> list[int]:
+    """`most`, its half and its quarter, and on to 1024, below which a pass is bound by launches; 128 at least."""
+    sizes = [most]
+    while sizes[-1] >= 256 and (len(sizes) < 3 or sizes[-1] >= 2048):
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def rows_for(scored: int, size: int) -> int:

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from qwen2tool.routing.swap import route
 from qwen2tool.training import run
-from qwen2tool.training.batches import DpoCollator, SampleDataset, SftCollator, bucket, cut
+from qwen2tool.training.batches import DpoCollator, SampleDataset, SftCollator, bucket, cut, parts
 from qwen2tool.training.fast import MOST_TOKENS, best_cut, cuts, share_memory
 from qwen2tool.training.model import place
 from qwen2tool.training.trainer import DpoTrainer, GuardedTrainer, SftTrainer
@@ -197,8 +197,14 @@ def test_passes_come_in_few_shapes(most):
         for count in range(1, 17)
         for one in SftCollator(16, most)(SIXTEEN[:count])
     }
-    assert {tokens for tokens, _, _ in shapes} <= {most, most // 2, most // 4} - {32, 64}
+    assert {tokens for tokens, _, _ in shapes} <= set(parts(most))
     assert {offsets for _, _, offsets in shapes} == {18}
+
+
+def test_parts_of_a_pass():
+    assert parts(128) == [128] and parts(256) == [256, 128]
+    assert parts(1024) == [1024, 512, 256] and parts(3072) == [3072, 1536, 768]
+    assert parts(8192) == [8192, 4096, 2048, 1024]
 
 
 def test_cuts_to_choose_from():
