@@ -134,6 +134,11 @@ def _varlen_options() -> dict[str, Any]:
     return options | ({"enable_gqa": True} if "enable_gqa" in names else {})
 
 
+def repeats_kv() -> bool:
+    """Whether `attend_ragged` repeats kv heads for grouped queries, and so keeps k and v once a query head."""
+    return "enable_gqa" not in _varlen_options()
+
+
 def attend_ragged(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, *, scale: float | None = None
 ) -> torch.Tensor:
@@ -150,7 +155,7 @@ def attend_ragged(
     from torch.nn.attention.varlen import varlen_attn
 
     options = dict(_varlen_options())
-    if "enable_gqa" not in options:
+    if repeats_kv():
         k, v = _expanded(k, q.shape[1]), _expanded(v, q.shape[1])
     if scale is not None:
         options["scale"] = scale

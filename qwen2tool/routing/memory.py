@@ -31,6 +31,9 @@ PRODUCTS, COPIES = 650e12, 2.5e12
 """Operations a second of products, and bytes a second of device memory: a Hopper GPU's, rounded down."""
 
 
+GROUPS = frozenset({"qkv", "o", "gate_up", "down"})
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What the plan needs to know of a model under training; bytes and counts.
@@ -44,6 +47,8 @@ class Sizes:
         stream_itemsize: bytes of a number between layers, 0: `itemsize`.
         packed: the frozen linears are in 4 bits.
         masked: the adapters have dropout.
+        repeated_kv: attention keeps k and v once a query head besides (`kernels.attention.repeats_kv`).
+        adapted: which groups of a layer's linears have adapters.
     """
 
     tokens: int
@@ -64,6 +69,8 @@ class Sizes:
     stream_itemsize: int = 0
     packed: bool = False
     masked: bool = False
+    repeated_kv: bool = False
+    adapted: frozenset[str] = GROUPS
 
     @property
     def input(self) -> int:
@@ -78,8 +85,12 @@ class Sizes:
     @property
     def attention(self) -> int:
         """Bytes that the level "attention" adds to one layer."""
-        columns = 2 * self.query_columns + 2 * self.kv_columns
+        columns = 2 * self.query_columns + 2 * self.kv_columns + self._repeated
         return self.tokens * (columns * self.itemsize + 4 * self.heads) + self.input
+
+    @property
+    def _repeated(self) -> int:
+        return 2 * self.query_columns if self.repeated_kv else 0
 
     @property
     def mlp(self) -> int:
@@ -116,7 +127,8 @@ class Sizes:
         gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
         qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
         weights = self._qkv_weights + self._o_weights
-        activations = self.tokens * ((2 * qkv + row) * self.itemsize + 4 * self.query_columns)
+        columns = 2 * qkv + row + self._repeated
+        activations = self.tokens * (columns * self.itemsize + 4 * self.query_columns)
         masks = self._masks(3 * self.hidden + self.query_columns)
         return weights * self.itemsize + activations + self.input + masks
 
@@ -132,20 +144,25 @@ class Sizes:
     @property
     def _qkv_weights(self) -> int:
         """Numbers of [W | s B; A]; likewise the three below."""
-        rank = 3 * self.rank_columns
+        rank = -(-3 * self.rank_columns // 8) * 8
         return (self.query_columns + 2 * self.kv_columns + rank) * (self.hidden + rank)
 
     @property
+    def _rank(self) -> int:
+        return -(-self.rank_columns // 8) * 8
+
+    @property
     def _o_weights(self) -> int:
-        return (self.hidden + self.rank_columns) * (self.query_columns + self.rank_columns)
+        return (self.hidden + self._rank) * (self.query_columns + self._rank)
 
     @property
     def _gate_up_weights(self) -> int:
-        return (2 * self.intermediate + 2 * self.rank_columns) * (self.hidden + 2 * self.rank_columns)
+        rank = -(-2 * self.rank_columns // 8) * 8
+        return (2 * self.intermediate + rank) * (self.hidden + rank)
 
     @property
     def _down_weights(self) -> int:
-        return (self.hidden + self.rank_columns) * (self.intermediate + self.rank_columns)
+        return (self.hidden + self._rank) * (self.intermediate + self._rank)
 
     @property
     def forward(self) -> int:
@@ -162,14 +179,18 @@ class Sizes:
 
     @property
     def unpacking_always(self) -> float:
-        """What forward and backward of one layer spend on unpacking all its linears, counted likewise."""
-        attention = self.hidden * (2 * self.query_columns + 2 * self.kv_columns)
-        return 2 * (attention + 3 * self.hidden * self.intermediate) * 2.5 / COPIES * PRODUCTS
+        """What forward and backward of one layer spend on unpacking what has adapters, counted likewise."""
+        return 2 * sum(self._weights[name] for name in self.adapted) * 2.5 / COPIES * PRODUCTS
 
     @property
     def unpacked(self) -> int:
-        """Bytes of one layer's linears unpacked, with their adapters behind them."""
-        return (self._qkv_weights + self._o_weights + self._gate_up_weights + self._down_weights) * self.itemsize
+        """Bytes of one layer's linears unpacked that have adapters, with these behind them."""
+        return sum(self._weights[name] for name in self.adapted) * self.itemsize
+
+    @property
+    def _weights(self) -> dict[str, int]:
+        sizes = (self._qkv_weights, self._o_weights, self._gate_up_weights, self._down_weights)
+        return dict(zip(("qkv", "o", "gate_up", "down"), sizes, strict=True))
 
     def chunking(self, rows: int) -> float:
         """What `rows` logits at a time cost beside 1024, counted likewise: the head is read twice a chunk, which takes
@@ -317,7 +338,7 @@ def _lift(sizes: Sizes, plan: MemoryPlan, budget: int) -> MemoryPlan:
     plan = _lift_level(sizes, plan, budget, "input", "attention", sizes.attention_products)
     plan = _lift_level(sizes, plan, budget, "mlp", "all", sizes.attention_products)
     plan = _lift_level(sizes, plan, budget, "attention", "all", sizes.mlp_products)
-    if not sizes.packed:
+    if not sizes.packed or not sizes.adapted:
         return plan
     count = min((budget - plan.estimate) // sizes.unpacked, sizes.layers)
     lifted = replace(plan, layers_unpacked=count, saved=plan.saved + count * sizes.unpacking_always)

@@ -56,26 +56,30 @@ class Unpacked:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
+        self._kept: dict[int, tuple[list[Any], tuple[int, ...], torch.Tensor]] = {}
 
     def matrix(self, group: Group, dtype: torch.dtype) -> torch.Tensor | None:
         """(O + R, K + R) with the frozen weights in place, written again where those were exchanged or written to.
 
-        None where another shape or dtype is asked for than first, or no adapter is on: such passes unpack for
-        themselves.
+        None where another shape or dtype is asked for than first, no adapter is on, or tensors have no versions
+        (`torch.inference_mode`): such passes unpack for themselves.
         """
-        state = tuple(number for projection in group.projections for number in _state(projection.weight))
+        if torch.is_inference_mode_enabled():
+            return None
+        weights = [projection.weight for projection in group.projections]
+        state = tuple(number for weight in weights for number in _state(weight))
         if group.width and group.stream not in self._kept:
-            self._kept[group.stream] = state, unpack(group, dtype)
-        before, matrix = self._kept.get(group.stream, (state, None))
+            self._kept[group.stream] = weights, state, unpack(group, dtype)
+        _, before, matrix = self._kept.get(group.stream, (weights, state, None))
         if matrix is None or matrix.shape[1] != group.columns + group.width or matrix.dtype != dtype:
             return None
         if before != state:
-            self._kept[group.stream] = state, unpack(group, dtype, out=matrix)
+            self._kept[group.stream] = weights, state, unpack(group, dtype, out=matrix)
         return matrix
 
 
 def _state(weight: torch.Tensor | Quantised) -> tuple[int, ...]:
+    """Tells a weight from others while somebody holds it: its address is nobody else's then."""
     parts = (weight.packed, weight.absmax) if isinstance(weight, Quantised) else (weight,)
     return tuple(number for part in parts for number in (part.data_ptr(), part._version))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwen2tool.routing.memory import Sizes
+from qwen2tool.routing.memory import GROUPS, Sizes
 
 OPTIMIZER_BYTES = 12
 """Beside an fp32 parameter: its gradient and AdamW's two moments, fp32 each."""
@@ -43,8 +43,15 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         embedding_on_host=on_device and table.device != head.device,
         bus=_bus_rate(head.device) if head.is_cuda else Sizes.bus,
         packed=any(getattr(p, "quant_type", None) for p in model.parameters()),
+        adapted=frozenset(_group(name) for name, _ in named if ".lora_A." in name) & GROUPS,
         masked=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if "lora_dropout" in n),
     )
+
+
+def _group(name: str) -> str:
+    """The group of linears that a parameter of an adapter belongs to."""
+    linear = name.split(".lora_")[0].rsplit(".", 1)[-1].removesuffix("_proj")
+    return {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}.get(linear, linear)
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype | None:

@@ -30,6 +30,7 @@ class Packed(TypedDict, total=False):
         tokens, scored: how many, without those that only fill up, on the host.
         records: B positions in the data file, on the host.
         reference_chosen, reference_rejected: (S / 2,) fp32, DPO alone.
+        real: (S / 2,) bool, DPO alone: no pair that only fills up.
     """
 
     input_ids: torch.Tensor
@@ -44,6 +45,7 @@ class Packed(TypedDict, total=False):
     records: list[int]
     reference_chosen: torch.Tensor
     reference_rejected: torch.Tensor
+    real: torch.Tensor
 
 
 class SampleDataset(Dataset[Any]):
@@ -204,6 +206,9 @@ class DpoCollator(SftCollator):
         """All of them in one, with what the reference says."""
         batch = self.packed([pair[0] for pair in items] + [pair[1] for pair in items])
         batch["records"] = batch["records"][: len(items)]
-        batch["reference_chosen"] = torch.tensor([pair[2] for pair in items])
-        batch["reference_rejected"] = torch.tensor([pair[3] for pair in items])
+        extra = self.fill // 2 - len(items) if self.fill is not None else 0
+        batch["owners"] = batch["owners"] + extra * (batch["owners"] >= len(items))  # rejected ones behind the filling
+        batch["reference_chosen"] = torch.tensor([pair[2] for pair in items] + [0.0] * extra)
+        batch["reference_rejected"] = torch.tensor([pair[3] for pair in items] + [0.0] * extra)
+        batch["real"] = torch.arange(len(items) + extra) < len(items)
         return batch

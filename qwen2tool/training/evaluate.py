@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
@@ -49,11 +49,14 @@ class DpoScore:
     pairs: int
 
 
-def sft_score(model: Any, samples: Sequence[Sample], placement: Placement, batch_size: int) -> SftScore:
-    """Scores `samples`; each needs a scored token."""
+def sft_score(
+    model: Any, samples: Sequence[Sample], placement: Placement, batch_size: int, most: int | None = None
+) -> SftScore:
+    """Scores `samples`, `batch_size` at once or fewer where they have more than `most` tokens; each needs a scored
+    token."""
     total, tokens = 0.0, sum(sum(sample.scored[1:]) for sample in samples)
     with _scoring(model, placement), progress("evaluating", len(samples)) as advance:
-        for chunk in _chunks(_longest_first(samples), batch_size):
+        for chunk in _chunks(_longest_first(samples), batch_size, most, lambda sample: len(sample.ids)):
             batch = _on_device(pack(chunk), placement)
             total -= log_probs(model, batch, batch["labels"]).double().sum().item()
             advance(len(chunk))
@@ -61,9 +64,10 @@ def sft_score(model: Any, samples: Sequence[Sample], placement: Placement, batch
 
 
 def pair_log_probs(
-    model: Any, pairs: Sequence[Pair], placement: Placement, batch_size: int
+    model: Any, pairs: Sequence[Pair], placement: Placement, batch_size: int, most: int | None = None
 ) -> list[tuple[float, float]]:
-    """Sequence log-probs (chosen, rejected) of each pair under `model` as it stands, dropout off.
+    """Sequence log-probs (chosen, rejected) of each pair under `model` as it stands, dropout off; `batch_size` pairs at
+    once or fewer where they have more than `most` tokens.
 
     Called before the first step this is the reference of DPO: a fresh adapter has B = 0 and is the base with its
     adapter off, a continued one is that adapter as it was.
@@ -71,7 +75,7 @@ def pair_log_probs(
     found: dict[int, tuple[float, float]] = {}
     order = sorted(range(len(pairs)), key=lambda i: -max(len(s.ids) for s in pairs[i]))
     with _scoring(model, placement), progress("log-probs", len(pairs)) as advance:
-        for chunk in _chunks(order, batch_size):
+        for chunk in _chunks(order, batch_size, most, lambda i: sum(len(side.ids) for side in pairs[i])):
             rows = [pairs[i][0] for i in chunk] + [pairs[i][1] for i in chunk]
             batch = _on_device(pack(rows), placement)
             scored = log_probs(model, batch, batch["labels"])
@@ -119,6 +123,13 @@ def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: -len(sample.ids))
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _chunks(items: Sequence[T], size: int, most: int | None, tokens: Callable[[T], int]) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    for item in items:
+        full = len(chunk) == size or (most is not None and sum(map(tokens, [*chunk, item])) > most)
+        if chunk and full:
+            yield chunk
+            chunk = []
+        chunk.append(item)
+    if chunk:
+        yield chunk

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from qwen2tool.kernels.attention import repeats_kv
 from qwen2tool.routing.memory import PRODUCTS, WORKSPACES, MemoryPlan, Recompute, Sizes, plan_memory
 from qwen2tool.routing.plan import RoutePlan, plan_routes
 from qwen2tool.routing.sizes import may_wait_on_host, measure, stream_dtype
@@ -18,9 +19,9 @@ ROOM = 0.92
 """The share of free memory that a plan without a budget fills: the allocator needs some between blocks."""
 PACKED = 0.95
 """The share of a pool that passes of several shapes fill: blocks of one shape leave gaps for those of another."""
-GROWTH = 3.5
+GROWTH = 2.0
 """A pool at worst, in passes of the largest shape, where each larger one found no block that it could use again: the
-sum of all sizes of `batches.bucket` up to the largest."""
+sum of all `batches.parts` of a pass."""
 MOST_TOKENS = 8192
 """Of a pass that a step is cut into. From some 4096 on a Hopper GPU is busy with products, and a larger pass gains
 nothing more; what it fills up and what it keeps grow on."""
@@ -107,9 +108,12 @@ def put_on_fast_path(
         cuts: tokens that passes may have at most instead, the least of them those of the longest record: a step is
             then cut into passes of the best of these, where there is a choice.
     """
-    sizes = measure(model, tokens, length, dtype)
+    sizes, on_gpu = measure(model, tokens, length, dtype), model.get_output_embeddings().weight.is_cuda
+    if not on_gpu:
+        sizes = replace(sizes, packed=False)  # where nothing limits the memory, 4 bits are there to save it
+    elif shapes == "many" and repeats_kv():
+        sizes = replace(sizes, repeated_kv=sizes.kv_columns < sizes.query_columns)
     space = _all_there_is(model) if budget is None else budget
-    on_gpu = model.get_output_embeddings().weight.is_cuda
     # Two rope types read the longest position on the host in every pass, which a capture cannot.
     fixed_rope = (model.config.rope_parameters or {}).get("rope_type", "default") not in ("dynamic", "longrope")
     all_fused = plan_routes(model, reference=reference).counts.get("fused layer", 0) == sizes.layers

@@ -50,12 +50,10 @@ class Passes:
         context: makes the context manager of the forward (autocast).
         graphs: capture on CUDA.
         scale: what is done to the loss before its backward (fp16's loss scaling).
+        ready: whether passes may be captured yet. A replay allocates nothing that torch counts: a capture that comes
+            after all that stays (the optimizer's state, say) leaves a peak that holds both.
         reserve: bytes that the pool takes in one piece before the first pass. Blocks of one shape seldom fit another,
             so that a pool left to itself grows with every larger shape; pieces cut from one block grow together again.
-
-    Attributes:
-        working: bytes that a pass works in at its peak, beside what was there before. A replay allocates nothing that
-            torch counts, and the optimizer's state may come after the last capture.
     """
 
     def __init__(
@@ -66,14 +64,14 @@ class Passes:
         *,
         graphs: bool,
         scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+        ready: Callable[[], bool] = lambda: True,
         reserve: int = 0,
     ) -> None:
         self._loss, self._parameters, self._context, self._graphs = loss, parameters, context, graphs
-        self._scale, self._reserve = scale, reserve
+        self._scale, self._ready, self._reserve = scale, ready, reserve
         self._seen: set[tuple[Any, ...]] = set()
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._workshop: _Workshop | None = None
-        self.working = 0
         self._gradients: list[torch.Tensor] = []
 
     @property
@@ -92,7 +90,7 @@ class Passes:
             return self._run(batch)
         self._fix_gradients()
         shape = tuple((n, v.shape, v.dtype) if torch.is_tensor(v) else (n, v) for n, v in sorted(batch.items()))
-        if shape not in self._seen:
+        if shape not in self._seen or not self._ready():
             outcome = self._warm_up(batch)
             self._seen.add(shape)
             return outcome
@@ -127,13 +125,10 @@ class Passes:
         torch.cuda.empty_cache()  # while a pool is in use the allocator does not, not even for want of memory
         stream, pool = self._workshop or self._set_up(batch)
         before = _held(pool)
-        there, highest = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
             outcome = self._run(batch)
         torch.cuda.current_stream().wait_stream(stream)
-        if torch.cuda.max_memory_allocated() > highest:
-            self.working = max(self.working, torch.cuda.max_memory_allocated() - there)
         copied = {name: value.clone() for name, value in outcome.items()}
         del outcome
         if _held(pool) > before:

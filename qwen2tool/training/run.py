@@ -88,7 +88,7 @@ def train(settings: TrainSettings, *, resume: bool = False, overwrite: bool = Fa
         tokens=trainer.tokens,
         train_seconds=trainer.seconds,
         step_seconds=median(clock.seconds),
-        peak_memory=max(memory, trainer.peak),
+        peak_memory=memory,
         peak_memory_of=memory_of,
         eval_before=before,
         eval_after=after,

@@ -79,7 +79,8 @@ class SftTask(_Common):
         """See Task."""
         if self._held_out is None:
             return None
-        return sft_score(self._model, self._held_out.items, self._placement, self._settings.batch_size)
+        how = self._placement, self._settings.batch_size, self._plans.cut
+        return sft_score(self._model, self._held_out.items, *how)
 
 
 class DpoTask(_Common):
@@ -91,7 +92,8 @@ class DpoTask(_Common):
         self._held_out_reference = self._log_probs(self._held_out) if self._held_out else []
 
     def _log_probs(self, records: Records) -> list[tuple[float, float]]:
-        return pair_log_probs(self._model, records.items, self._placement, self._settings.batch_size)
+        how = self._placement, self._settings.batch_size, self._plans.cut
+        return pair_log_probs(self._model, records.items, *how)
 
     def trainer(self, **options: Any) -> GuardedTrainer:
         """See Task."""

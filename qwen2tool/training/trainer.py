@@ -50,7 +50,6 @@ class GuardedTrainer(Trainer):
     Attributes:
         step_losses: of each optimizer step, nats.
         tokens, seconds: what batches held, without what only fills them up, and how long `train` took.
-        peak: bytes of the GPU at work with all that stays there at the end, once released; 0 without graphs.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class GuardedTrainer(Trainer):
         self._counted: int | None = None
         self._scale, self._overflows, self._watched_step = 0.0, 0, -1
         self.step_losses: dict[int, float] = defaultdict(float)
-        self.tokens, self.seconds, self.peak = 0, 0.0, 0
+        self.tokens, self.seconds = 0, 0.0
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[list[Batch]], torch.Tensor | int | None]:
@@ -112,7 +111,7 @@ class GuardedTrainer(Trainer):
         if scaler is not None:
             self._watch_scale(scaler)
         for name, values in noted.items():
-            self._sums[name] += values
+            self._sums[name] += values[: len(inputs["records"])]  # what fills up comes last
         self.step_losses[self.state.global_step] += loss
         self.tokens += inputs["tokens"]
         return outcome["loss"]
@@ -130,6 +129,7 @@ class GuardedTrainer(Trainer):
                 self._autocast,
                 graphs=self._graphs,
                 scale=scaler.scale if scaler is not None else lambda loss: loss,
+                ready=lambda: bool(self.optimizer.state),
                 reserve=self._reserve,
             )
         elif not model.training:
@@ -145,8 +145,6 @@ class GuardedTrainer(Trainer):
 
     def release(self) -> None:
         """Gives back what captured passes hold of the GPU, once training is over."""
-        if self._passes is not None and self._passes.working:
-            self.peak = torch.cuda.memory_allocated() + self._passes.working
         self._passes = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -214,7 +212,7 @@ class DpoTrainer(GuardedTrainer):
 
     def weight(self, batch: Batch) -> int:
         """Pairs."""
-        return len(batch["reference_chosen"])
+        return len(batch["records"])
 
     def batch_loss(self, model: Any, batch: Batch) -> Outcome:
         """Sum over this batch's pairs / pairs of all batches of the step."""
@@ -223,7 +221,7 @@ class DpoTrainer(GuardedTrainer):
         chosen, rejected = sum_by_owner(scored, batch["owners"], 2 * pairs).chunk(2)
         terms = dpo_sigmoid(chosen, rejected, batch["reference_chosen"], batch["reference_rejected"], self.beta)
         return {
-            "loss": terms.loss.sum() / batch["divisor"],
+            "loss": torch.where(batch["real"], terms.loss, 0.0).sum() / batch["divisor"],
             "rewards/chosen": terms.rewards_chosen,
             "rewards/rejected": terms.rewards_rejected,
             "rewards/margins": terms.rewards_chosen - terms.rewards_rejected,

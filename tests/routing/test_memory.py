@@ -260,13 +260,18 @@ def test_the_sum_by_hand():
     assert sizes.mlp_products == 10 * 2 * (2 * 8 * 16)
     assert sizes.tails == 10 * 7 * 2 * 2, "rank 2 behind the input of seven linears"
     assert sizes.head(7) == 7 * 50 * 6 + 3 * 160
-    # gate and up with their adapters' columns (36 x 12), down (10 x 18), q k v (22 x 14); rows of 16 + 2 x 8
-    assert sizes.mlp_backward_weights(frugal=False) == 2 * (36 * 12 + 10 * 18 + 22 * 14)
-    assert sizes.mlp_backward_weights(frugal=True) == 2 * 36 * 12
+    # With 8 columns of adapters, ranks rounded up: gate and up (40 x 16), down (16 x 24), q k v (24 x 16), o (16 x 16)
+    assert sizes.mlp_backward_weights(frugal=False) == 2 * (40 * 16 + 16 * 24 + 24 * 16)
+    assert sizes.mlp_backward_weights(frugal=True) == 2 * 40 * 16
+    assert sizes.unpacked == 2 * (40 * 16 + 16 * 24 + 24 * 16 + 16 * 16)
+    assert replace(sizes, adapted=frozenset({"o", "down"})).unpacked == 2 * (16 * 24 + 16 * 16)
     assert sizes.mlp_backward == 2 * 10 * (16 + 2 * 8) + 160
-    # q k v (22 x 14) and o (10 x 10); dq dk dv twice (32), attention's gradient (8) and a row (8); dq in fp32
-    assert sizes.attention_backward == 2 * (22 * 14 + 10 * 10) + 10 * ((2 * 16 + 8 + 8) * 2 + 4 * 8) + 160
-    assert sizes.forward == 2 * (10 * 18 + 10 * 18) + sizes.attention + sizes.mlp + 160
+    # q k v (24 x 16) and o (16 x 16); dq dk dv twice (32), attention's gradient (8) and a row (8); dq in fp32
+    assert sizes.attention_backward == 2 * (24 * 16 + 16 * 16) + 10 * ((2 * 16 + 8 + 8) * 2 + 4 * 8) + 160
+    repeated = replace(sizes, repeated_kv=True)  # k and v of 8 columns each besides, and their gradients
+    assert repeated.attention == sizes.attention + 10 * 2 * 8 * 2
+    assert repeated.attention_backward == sizes.attention_backward + 10 * 2 * 8 * 2
+    assert sizes.forward == 2 * (16 * 24 + 10 * 18) + sizes.attention + sizes.mlp + 160
     plan = plan_memory(sizes, ENOUGH)
     kept = 2 * (280 + sizes.attention + sizes.mlp)
     assert plan.estimate == WORKSPACES + 1000 + kept + 2 * 160 + sizes.head(1024), "the head's scratch is the larger"

@@ -158,7 +158,7 @@ def unpackings(monkeypatch):
 
 def addresses(model):
     """Of kept weights, by their group's stream: what captured graphs hold on to."""
-    return {stream: matrix.data_ptr() for stream, (_, matrix) in find_stack(model)[0]._unpacked._kept.items()}
+    return {stream: matrix.data_ptr() for stream, (_, _, matrix) in find_stack(model)[0]._unpacked._kept.items()}
 
 
 def test_kept_weights_give_the_same_bits_in_every_pass(unpackings):
@@ -262,3 +262,13 @@ def test_nothing_holds_the_embeddings_through_all_layers(monkeypatch):
         flat = flatten(3, 17, torch.device("cpu"), None, None)
         stack.run(stack.embed(batch()).view(51, 32), flat)
     assert held == [True, False, False, True, False, False]
+
+
+def test_inference_mode_unpacks_for_itself():
+    """Its tensors have no versions to tell a change by."""
+    model = lora_model(config=WIDE)
+    route(model, memory=KEPT)
+    with torch.inference_mode():
+        inside = model(input_ids=batch(), use_cache=False).logits
+    assert addresses(model) == {}
+    assert torch.equal(inside, model(input_ids=batch(), use_cache=False).logits.detach())

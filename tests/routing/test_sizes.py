@@ -29,4 +29,7 @@ def test_what_layers_are_made_of():
     base = tiny_model().requires_grad_(False)
     quantise(base, torch.float32)
     quantised = measure(get_peft_model(base, LoraConfig(r=4, target_modules=list(TARGETS))), 100, 50, torch.bfloat16)
+    assert quantised.adapted == plain.adapted == {"qkv", "o", "gate_up", "down"}
+    few = measure(lora_model(target_modules=["k_proj", "up_proj"]), 100, 50, torch.bfloat16)
+    assert few.adapted == {"qkv", "gate_up"}
     assert quantised.packed and not quantised.masked and quantised.static < plain.static

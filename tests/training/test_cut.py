@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from qwen2tool.routing.swap import route
-from qwen2tool.training import run
+from qwen2tool.training import evaluate, run
 from qwen2tool.training.batches import DpoCollator, SampleDataset, SftCollator, bucket, cut, parts
 from qwen2tool.training.fast import MOST_TOKENS, best_cut, cuts, share_memory
 from qwen2tool.training.model import place
@@ -199,6 +199,39 @@ def test_passes_come_in_few_shapes(most):
     }
     assert {tokens for tokens, _, _ in shapes} <= set(parts(most))
     assert {offsets for _, _, offsets in shapes} == {18}
+
+
+def test_passes_of_pairs_come_in_few_shapes_too():
+    shapes = {
+        (len(one["input_ids"]), len(one["labels"]), len(one["offsets"]), len(one["reference_chosen"]), len(one["real"]))
+        for count in range(1, 17)
+        for one in DpoCollator(32, 128)(PAIRS[:count])
+    }
+    assert len(shapes) == 1, shapes
+    (one,) = DpoCollator(32, 1024)(PAIRS[:3])
+    assert one["real"].tolist() == [True] * 3 + [False] * 13
+    assert set(one["owners"].tolist()) <= {0, 1, 2, 16, 17, 18} and one["owners"].max() >= 16
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["sft", "dpo"])
+def test_scoring_keeps_to_the_tokens_of_a_pass(pairs, tmp_path, monkeypatch):
+    """The memory plan is made for passes of so many."""
+    placement = place(settings_for("none", tmp_path, device="cpu", dtype="float32"))
+    model, seen = lora_model(), []
+    route(model)
+    honest = evaluate.pack
+    monkeypatch.setattr(evaluate, "pack", lambda chunk: seen.append(sum(len(s.ids) for s in chunk)) or honest(chunk))
+    score = evaluate.pair_log_probs if pairs else evaluate.sft_score
+    items = [pair[:2] for pair in PAIRS] if pairs else SIXTEEN
+    whole = score(model, items, placement, 8)
+    assert max(seen) > 64
+    seen.clear()
+    parted = score(model, items, placement, 8, 64)
+    assert max(seen) <= 64 and sum(seen) == sum(len(s.ids) for item in items for s in (item if pairs else (item,)))
+    if pairs:
+        assert torch.allclose(torch.tensor(parted), torch.tensor(whole), rtol=1e-4)
+    else:
+        assert parted.tokens == whole.tokens and parted.nll == pytest.approx(whole.nll, rel=1e-5)
 
 
 def test_parts_of_a_pass():

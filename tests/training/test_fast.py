@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from qwen2tool.routing.memory import WORKSPACES, plan_memory
-from qwen2tool.training.batches import bucket
-from qwen2tool.training.fast import GROWTH, PACKED, share_memory
+from qwen2tool.training.batches import parts
+from qwen2tool.training.fast import GROWTH, PACKED, put_on_fast_path, share_memory
+from tests.routing.test_matrix import quantise
 from tests.routing.test_memory import LARGE
+from tests.tiny import TARGETS, tiny_model
 
 OPTIONS = {"recompute": "auto", "host": True}
 BUDGETS = [8.5, 9, 9.5, 10, 12, 20, 40, 60, 80, 140, 300]
@@ -61,5 +65,13 @@ def test_graphs_of_many_shapes_cost_a_twentieth_of_what_passes_have():
 
 @pytest.mark.parametrize("largest", [128, 1024, 2048, 3072, 8192, 12288, 24576])
 def test_growth_is_the_sum_of_all_sizes(largest):
-    sizes = {bucket(count) for count in range(1, largest + 1)}
-    assert sum(sizes) <= GROWTH * largest
+    assert sum(parts(largest)) <= GROWTH * largest
+
+
+def test_a_cpu_keeps_4_bits():
+    """Nothing limits its memory, and 4 bits are there to save it."""
+    base = tiny_model().requires_grad_(False)
+    quantise(base, torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=list(TARGETS)))
+    plans = put_on_fast_path(model, tokens=64, length=16, dtype=torch.float32, shapes="many", cuts=[64, 128])
+    assert plans.memory.layers_unpacked == 0 and set(plans.memory.keep) == {"all"} and plans.cut is None
