@@ -36,6 +36,11 @@ class Projection(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
 
 
+def padded(rank: int) -> int:
+    """Columns of M for adapters of so many ranks together: a multiple of 8, for aligned rows."""
+    return -(-rank // 8) * 8
+
+
 @dataclass(frozen=True)
 class Group:
     """Projections of one input, dropout's probability, and which masks are drawn (the same for all of them)."""
@@ -71,8 +76,8 @@ class Group:
 
     @property
     def width(self) -> int:
-        """R: the sum of ranks, rounded up to a multiple of 8 for aligned rows."""
-        return -(-sum(self.ranks) // 8) * 8
+        """R: the sum of ranks, `padded`."""
+        return padded(sum(self.ranks))
 
     @property
     def parameters(self) -> list[torch.Tensor]:

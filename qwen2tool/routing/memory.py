@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
+from qwen2tool.kernels.group import padded
 from qwen2tool.routing.layer import Keep
 
 Recompute = Literal["auto", "all", "none"]
@@ -126,7 +127,7 @@ class Sizes:
         """Of one layer: that gradient, a row of H, the gradient of attention's output, those of q, k and v as attention
         gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
         qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
-        weights = self._qkv_weights + self._o_weights
+        weights = self._weights["qkv"] + self._weights["o"]
         columns = 2 * qkv + row + self._repeated
         activations = self.tokens * (columns * self.itemsize + 4 * self.query_columns)
         masks = self._masks(3 * self.hidden + self.query_columns)
@@ -138,38 +139,31 @@ class Sizes:
 
     def mlp_backward_weights(self, frugal: bool) -> int:
         """Unpacked at once in the backward of one layer's MLP, adapters among them."""
-        gate_up, qkv = self._gate_up_weights, self._qkv_weights
-        return (max(gate_up, qkv) if frugal else gate_up + self._down_weights + qkv) * self.itemsize
+        held = [self._weights[name] for name in ("qkv", "gate_up", "down")]
+        return (max(held[:2]) if frugal else sum(held)) * self.itemsize
 
     @property
-    def _qkv_weights(self) -> int:
-        """Numbers of [W | s B; A]; likewise the three below."""
-        rank = -(-3 * self.rank_columns // 8) * 8
-        return (self.query_columns + 2 * self.kv_columns + rank) * (self.hidden + rank)
+    def _weights(self) -> dict[str, int]:
+        """Numbers of M, [W | s B; A], of each group (`kernels.group`)."""
+        h, i, q = self.hidden, self.intermediate, self.query_columns
 
-    @property
-    def _rank(self) -> int:
-        return -(-self.rank_columns // 8) * 8
+        def numbers(rows: int, columns: int, adapters: int) -> int:
+            width = padded(adapters * self.rank_columns)
+            return (rows + width) * (columns + width)
 
-    @property
-    def _o_weights(self) -> int:
-        return (self.hidden + self._rank) * (self.query_columns + self._rank)
-
-    @property
-    def _gate_up_weights(self) -> int:
-        rank = -(-2 * self.rank_columns // 8) * 8
-        return (2 * self.intermediate + rank) * (self.hidden + rank)
-
-    @property
-    def _down_weights(self) -> int:
-        return (self.hidden + self._rank) * (self.intermediate + self._rank)
+        return {
+            "qkv": numbers(q + 2 * self.kv_columns, h, 3),
+            "o": numbers(h, q, 1),
+            "gate_up": numbers(2 * i, h, 2),
+            "down": numbers(h, i, 1),
+        }
 
     @property
     def forward(self) -> int:
         """Peak of one layer's forward above what layers keep, beside its input: at down_proj, where all lives on."""
         inner = self.tokens * (self.intermediate + self.rank_columns)
         kept = self.attention + self.mlp + self.input
-        return (self._down_weights + inner) * self.itemsize + kept + self._masks(self.intermediate)
+        return (self._weights["down"] + inner) * self.itemsize + kept + self._masks(self.intermediate)
 
     @property
     def unpacking(self) -> float:
@@ -186,11 +180,6 @@ class Sizes:
     def unpacked(self) -> int:
         """Bytes of one layer's linears unpacked that have adapters, with these behind them."""
         return sum(self._weights[name] for name in self.adapted) * self.itemsize
-
-    @property
-    def _weights(self) -> dict[str, int]:
-        sizes = (self._qkv_weights, self._o_weights, self._gate_up_weights, self._down_weights)
-        return dict(zip(("qkv", "o", "gate_up", "down"), sizes, strict=True))
 
     def chunking(self, rows: int) -> float:
         """What `rows` logits at a time cost beside 1024, counted likewise: the head is read twice a chunk, which takes

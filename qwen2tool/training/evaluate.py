@@ -125,11 +125,12 @@ def _longest_first(samples: Sequence[Sample]) -> list[Sample]:
 
 def _chunks(items: Sequence[T], size: int, most: int | None, tokens: Callable[[T], int]) -> Iterator[list[T]]:
     chunk: list[T] = []
+    held = 0
     for item in items:
-        full = len(chunk) == size or (most is not None and sum(map(tokens, [*chunk, item])) > most)
-        if chunk and full:
+        if chunk and (len(chunk) == size or (most is not None and held + tokens(item) > most)):
             yield chunk
-            chunk = []
+            chunk, held = [], 0
         chunk.append(item)
+        held += tokens(item)
     if chunk:
         yield chunk
