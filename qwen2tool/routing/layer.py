@@ -106,6 +106,11 @@ def _kept_gate_up(kept: _Kept, spec: LayerSpec) -> Rows | None:
     return Rows(buffer[:, : group.rows], buffer[:, group.rows :], buffer)
 
 
+def _tail(operands: Operands, call: Call) -> torch.Tensor | None:
+    """T to be kept: a copy, as it may stand behind x in one buffer, which would live on with it."""
+    return operands.rows.tail.clone() if call.tails else None
+
+
 def _norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -176,21 +181,21 @@ class _FusedLayer(torch.autograd.Function):
         h = torch.empty_like(x)  # x, to which o_proj then adds
         qkv, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call, copy=h)
         attention = _attention(qkv, spec, call, centre)
-        tails = [qkv.rows.tail.clone()]  # behind x in one buffer, which would live on with it
+        tails = [_tail(qkv, call)]
         del qkv  # as those below: unpacked weights, and rows that the backward makes again
         o = _o_operands(attention, spec, call)
         o.forward(residual=h, out=h)
-        tails.append(o.rows.tail)
+        tails.append(_tail(o, call))
         del o
         y = h if keep in ("input", "mlp") else torch.empty_like(h)
         operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call, copy=None if y is h else y)
         gate_up = _gate_up(operands, spec)
-        tails.append(operands.rows.tail.clone())
+        tails.append(_tail(operands, call))
         del operands
         down = prepare(spec.down, h.shape[0], call, None)
         swiglu_forward(gate_up.plain, out=down.rows.plain)
         down.forward(residual=y, out=y)
-        tails.append(down.rows.tail.clone())
+        tails.append(_tail(down, call))
         ctx.spec, ctx.call, ctx.centre = spec, call, centre
         ctx.kept = _Kept()
         if any(ctx.needs_input_grad):

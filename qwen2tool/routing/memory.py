@@ -30,8 +30,8 @@ BUS_SHARE = 0.8
 to 557 ms, H200), and at 0.8 less waits on the host."""
 PRODUCTS, COPIES = 650e12, 2.5e12
 """Operations a second of products, and bytes a second of device memory: a Hopper GPU's, rounded down."""
-
-
+CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
+"""Logits at a time to choose from."""
 GROUPS = frozenset({"qkv", "o", "gate_up", "down"})
 
 
@@ -80,8 +80,15 @@ class Sizes:
 
     @property
     def tails(self) -> int:
-        """Bytes of drop(x) A^T of one layer's seven linears, always kept on the device."""
+        """Bytes of drop(x) A^T of one layer's seven linears, kept on the device."""
         return self.tokens * 7 * self.rank_columns * self.itemsize
+
+    @property
+    def tails_again(self) -> float:
+        """What making them again costs one layer, in products' operations of that time: inputs are read once more, and
+        once for masks, by four launches of 5 us."""
+        inputs = (2 * self.hidden + self.query_columns + self.intermediate) * self.itemsize
+        return (self.tokens * inputs * (1 + self.masked) / COPIES + 4 * 5e-6) * PRODUCTS
 
     @property
     def attention(self) -> int:
@@ -205,6 +212,7 @@ class MemoryPlan:
         host_embedding: the embedding table waits on the host.
         head_rows: logits at a time, None for the op's own choice.
         frugal: weights are unpacked again instead of held from the recomputation to the backward.
+        tails: drop(x) A^T is kept, which costs little and saves little.
         layers_unpacked: so many layers, from the first, keep their 4-bit weights unpacked all the time.
         estimate: bytes at the peak.
         saved: products that the backward need not repeat, in floating-point operations.
@@ -216,6 +224,7 @@ class MemoryPlan:
     host_embedding: bool = False
     head_rows: int | None = None
     frugal: bool = False
+    tails: bool = True
     layers_unpacked: int = 0
     estimate: int = 0
     saved: float = 0.0
@@ -239,6 +248,7 @@ class MemoryPlan:
             "embedding_on_host": self.host_embedding,
             "head_rows": self.head_rows,
             "frugal": self.frugal,
+            "tails": self.tails,
             "layers_unpacked": self.layers_unpacked,
             "estimated_bytes": self.estimate,
         }
@@ -266,12 +276,12 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
         for host_inputs in (0, sizes.layers - 1) if host and recompute != "none" and sizes.layers > 1 else (0,):
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
-                for frugal, rows in product((False, True), (1024, 512, 256, 128, 64)):
-                    yield _plan(sizes, level, host_embedding, host_inputs, share, rows, frugal)
+                for frugal, tails, rows in product((False, True), (True, False), CHUNKS):
+                    yield _plan(sizes, level, host_embedding, host_inputs, share, rows, frugal, tails)
 
 
 def _plan(
-    sizes: Sizes, level: Keep, host_embedding: bool, host_inputs: int, share: float, rows: int, frugal: bool
+    sizes: Sizes, level: Keep, host_embedding: bool, host_inputs: int, share: float, rows: int, frugal: bool, tails: bool
 ) -> MemoryPlan:
     chosen = frozenset(i for i in range(host_inputs) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
@@ -279,11 +289,11 @@ def _plan(
     # memory's time from kernels that need it: counted twice, for they wait for each other.
     cost = host_embedding * sizes.input / sizes.bus * PRODUCTS + sizes.chunking(rows)
     cost += 4 * (host_inputs * sizes.input + len(chosen) * sizes.mlp) / COPIES * PRODUCTS
-    cost += sizes.layers * sizes.unpacking if frugal else 0.0
+    cost += sizes.layers * ((sizes.unpacking if frugal else 0.0) + (0.0 if tails else sizes.tails_again))
     saved = len(chosen) * sizes.mlp_products - cost
     if level == "all":
         saved += sizes.layers * (sizes.mlp_products + sizes.attention_products)
-    plan = MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, frugal, saved=saved)
+    plan = MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, frugal, tails, saved=saved)
     return replace(plan, estimate=peak(sizes, plan))
 
 
@@ -296,7 +306,7 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
     static = sizes.static - (sizes.embedding if plan.host_embedding else 0) + plan.layers_unpacked * sizes.unpacked
     attention, mlp, tails, x = sizes.attention, sizes.mlp, sizes.tails, sizes.input
     kept = [
-        tails
+        (tails if plan.tails else 0)
         + (attention if level in ("attention", "all") else 0)
         + (mlp if level in ("mlp", "all") and index not in plan.host_gate_up else 0)
         for index, level in enumerate(plan.keep)

@@ -94,6 +94,7 @@ class Call:
         dtype: of products; x itself may be fp32.
         seed: () int64 on the device, or None where no dropout is on.
         frugal: unpack weights again rather than hold them from the recomputation to the backward.
+        tails: keep T = drop(x) A^T for the backward rather than make it again.
         handed: what backwards of neighbouring layers pass on.
         unpacked: holds the layer's weights, None: they are unpacked for each use.
     """
@@ -104,6 +105,7 @@ class Call:
     dtype: torch.dtype
     seed: torch.Tensor | None = None
     frugal: bool = False
+    tails: bool = True
     handed: Handed = field(default_factory=Handed)
     unpacked: Unpacked | None = None
 
@@ -135,7 +137,9 @@ class Operands:
             low_rank(self.rows, self.group, self.weights, self.bits)
 
     def forward(self, **options: Any) -> torch.Tensor:
-        return group_forward(self.rows, self.group, self.weights, self.bits, known=self.known, **options)
+        y = group_forward(self.rows, self.group, self.weights, self.bits, known=self.known, **options)
+        self.known = True
+        return y
 
     def gradient(self, dy: torch.Tensor, own: Rows | None) -> Rows:
         """dy (N, O) as the rows of the backward, `own` if that is dy, ours to write behind, with room of this width.

@@ -156,9 +156,9 @@ def share_memory(
 
 
 def cuts(longest: int, step: int) -> list[int]:
-    """The sizes of passes to choose from: those of `bucket` from that of the longest record to that of the largest
-    step, MOST_TOKENS or less where a record allows it."""
-    found = [longest]
+    """The sizes of passes to choose from: the longest record, filled up to a multiple of 128, and those of `bucket`
+    from there to that of the largest step, MOST_TOKENS or less where a record allows it."""
+    found = [-(-longest // 128) * 128]
     while found[-1] < min(step, MOST_TOKENS):
         found.append(bucket(found[-1] + 1))
     return found

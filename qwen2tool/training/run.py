@@ -147,7 +147,7 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
         reference=settings.routes == "reference",
         graphs=settings.graphs == "auto",
         shapes="many",
-        cuts=cuts(bucket(largest[0]), most),
+        cuts=cuts(largest[0], most),
     )
     needed = plans.memory.estimate
     if settings.memory_budget and placement.device == "cuda" and needed > settings.memory_budget * 1e9:

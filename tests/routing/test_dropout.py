@@ -46,11 +46,11 @@ def with_masks(model, ids, *, shared=False):
     return model
 
 
-def compare(model, keep, *, seed=SEED, **options):
+def compare(model, keep, *, seed=SEED, tails=True, **options):
     ids = batch()
     theirs = logits_and_gradients(with_masks(model, ids, **options), input_ids=ids)
     routed = copy.deepcopy(model)
-    route(routed, memory=MemoryPlan((keep,) * 3))
+    route(routed, memory=MemoryPlan((keep,) * 3, tails=tails))
     torch.manual_seed(seed)
     ours = logits_and_gradients(routed, input_ids=ids)
     assert ours.keys() == theirs.keys()
@@ -58,11 +58,12 @@ def compare(model, keep, *, seed=SEED, **options):
 
 
 @pytest.mark.parametrize("targets", [None, ["k_proj", "v_proj", "up_proj", "down_proj"]], ids=["all", "some"])
+@pytest.mark.parametrize("tails", [True, False], ids=["tails kept", "tails made again"])
 @pytest.mark.parametrize("keep", ["input", "mlp", "attention", "all"])
-def test_logits_and_every_gradient(keep, targets):
+def test_logits_and_every_gradient(keep, tails, targets):
     """Masks drawn in the forward are drawn again in the backward, whatever is recomputed."""
     model = lora_model(dropout=P, dtype=torch.float64, **({"target_modules": targets} if targets else {}))
-    errors = compare(model, keep)
+    errors = compare(model, keep, tails=tails)
     assert len(errors) == 1 + 3 * 2 * (len(targets) if targets else 7)
     assert worst(errors)[1] < EXACT, worst(errors)
 

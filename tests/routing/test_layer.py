@@ -67,6 +67,28 @@ def test_logits_and_every_gradient(geometry, keep):
     assert len(errors) == 1 + 3 * 7 * 2
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("keep", ["input", "mlp", "attention", "all"])
+def test_low_rank_products_made_again_are_the_same_bits(keep, dropout, monkeypatch):
+    """Which takes the same kernels over the same inputs; made from a wrong one (x for norm(x), say) they would differ."""
+    kept, keeps = [], qwen2tool.routing.layer._keep
+
+    def seen(*arguments):
+        kept.append([tail is not None for tail in arguments[4]])
+        return keeps(*arguments)
+
+    monkeypatch.setattr(qwen2tool.routing.layer, "_keep", seen)
+    found = []
+    for tails in (True, False):
+        model = lora_model(dropout=dropout)
+        route(model, memory=MemoryPlan((keep,) * 3, tails=tails))
+        torch.manual_seed(5)
+        found.append(logits_and_gradients(model, input_ids=batch()))
+    assert kept == [[True] * 4] * 3 + [[False] * 4] * 3
+    assert len(found[0]) == 1 + 3 * 7 * 2
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("keep", ["input", "all"])
 def test_gate_and_up_are_gone_before_the_gradients_of_attention_come(keep, monkeypatch):
     """The memory plan counts on it: of the two moments only the higher one is paid for."""

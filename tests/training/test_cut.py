@@ -244,6 +244,8 @@ def test_cuts_to_choose_from():
     assert cuts(1024, 4096) == [1024, 2048, 3072, 4096]
     assert cuts(1024, 1024) == [1024]
     assert cuts(16384, 65536) == [16384], "a record is never cut"
+    assert cuts(682, 3072) == [768, 1024, 2048, 3072], "nor filled up by half of it"
+    assert cuts(1, 128) == [128] and cuts(129, 256) == [256] and cuts(1025, 1100) == [1152]
     assert cuts(512, 65536)[-1] == MOST_TOKENS
     assert all(a < b and bucket(a) == a for a, b in pairwise(cuts(128, 8192)))
 
