@@ -277,23 +277,23 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
                 for frugal, tails, rows in product((False, True), (True, False), CHUNKS):
-                    yield _plan(sizes, level, host_embedding, host_inputs, share, rows, frugal, tails)
+                    bare = MemoryPlan((), host_inputs, host_embedding=host_embedding, head_rows=rows)
+                    yield _plan(sizes, level, share, replace(bare, frugal=frugal, tails=tails))
 
 
-def _plan(
-    sizes: Sizes, level: Keep, host_embedding: bool, host_inputs: int, share: float, rows: int, frugal: bool, tails: bool
-) -> MemoryPlan:
-    chosen = frozenset(i for i in range(host_inputs) if int((i + 1) * share) > int(i * share))
+def _plan(sizes: Sizes, level: Keep, share: float, bare: MemoryPlan) -> MemoryPlan:
+    """`bare` with layers that keep `level`, and gate and up of a `share` of those whose inputs are on the host there."""
+    chosen = frozenset(i for i in range(bare.host_inputs) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
     # Reading embeddings over the bus costs a little; it breaks ties. What goes to the host and comes back takes device
     # memory's time from kernels that need it: counted twice, for they wait for each other.
-    cost = host_embedding * sizes.input / sizes.bus * PRODUCTS + sizes.chunking(rows)
-    cost += 4 * (host_inputs * sizes.input + len(chosen) * sizes.mlp) / COPIES * PRODUCTS
-    cost += sizes.layers * ((sizes.unpacking if frugal else 0.0) + (0.0 if tails else sizes.tails_again))
+    cost = bare.host_embedding * sizes.input / sizes.bus * PRODUCTS + sizes.chunking(bare.head_rows or CHUNKS[0])
+    cost += 4 * (bare.host_inputs * sizes.input + len(chosen) * sizes.mlp) / COPIES * PRODUCTS
+    cost += sizes.layers * ((sizes.unpacking if bare.frugal else 0.0) + (0.0 if bare.tails else sizes.tails_again))
     saved = len(chosen) * sizes.mlp_products - cost
     if level == "all":
         saved += sizes.layers * (sizes.mlp_products + sizes.attention_products)
-    plan = MemoryPlan(keep, host_inputs, chosen, host_embedding, rows, frugal, tails, saved=saved)
+    plan = replace(bare, keep=keep, host_gate_up=chosen, saved=saved)
     return replace(plan, estimate=peak(sizes, plan))
 
 

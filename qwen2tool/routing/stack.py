@@ -174,8 +174,8 @@ class RoutedStack(nn.Module):
         half = angles[0].shape[-1] // 2
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
-        thrift = {} if self.memory is None else {"frugal": self.memory.frugal, "tails": self.memory.tails}
-        bare = Call(flat.sequences, cos, sin, dtype, seed, **thrift)
+        plan = self.memory or MemoryPlan(())
+        bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails)
         unpacked = replace(bare, unpacked=self._unpacked)
         for index, (layer, spec) in enumerate(zip(self.layers, layers, strict=True)):
             if isinstance(spec, NotFused):

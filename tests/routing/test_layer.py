@@ -70,7 +70,7 @@ def test_logits_and_every_gradient(geometry, keep):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("keep", ["input", "mlp", "attention", "all"])
 def test_low_rank_products_made_again_are_the_same_bits(keep, dropout, monkeypatch):
-    """Which takes the same kernels over the same inputs; made from a wrong one (x for norm(x), say) they would differ."""
+    """The same kernels over the same inputs: made from a wrong one (x for norm(x), say) they would differ."""
     kept, keeps = [], qwen2tool.routing.layer._keep
 
     def seen(*arguments):
