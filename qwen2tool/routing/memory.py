@@ -282,7 +282,7 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
 
 
 def _plan(sizes: Sizes, level: Keep, share: float, bare: MemoryPlan) -> MemoryPlan:
-    """`bare` with layers that keep `level`, and gate and up of a `share` of those whose inputs are on the host there."""
+    """`bare` with layers that keep `level`; a `share` of those whose inputs are on the host have gate and up there."""
     chosen = frozenset(i for i in range(bare.host_inputs) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
     # Reading embeddings over the bus costs a little; it breaks ties. What goes to the host and comes back takes device
