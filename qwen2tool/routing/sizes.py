@@ -1,16 +1,192 @@
-"""What the memory plan has to know of a model: shapes and bytes, read off the model, loaded or on the meta device."""
+"""What the memory plan has to know of a model: shapes, bytes and operations; and how they are read off a model, loaded or
+on the meta device."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qwen2tool.routing.memory import GROUPS, Sizes
+from qwen2tool.kernels.group import padded
 
+HEAD_BYTES_PER_LOGIT = 6
+"""fp32 logits and their 16-bit gradient."""
+BUS_SHARE = 0.8
+"""Of the time that a forward takes at least; layers come in lumps. A 7B's step took the same at 0.8, 0.9 and 1.0 (549
+to 557 ms, H200), and at 0.8 less waits on the host."""
+PRODUCTS, COPIES = 650e12, 2.5e12
+"""Operations a second of products, and bytes a second of device memory: a Hopper GPU's, rounded down."""
+GROUPS = frozenset({"qkv", "o", "gate_up", "down"})
 OPTIMIZER_BYTES = 12
 """Beside an fp32 parameter: its gradient and AdamW's two moments, fp32 each."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the plan needs to know of a model under training; bytes and counts.
+
+    Attributes:
+        tokens, length: of a pass, and of its longest sequence.
+        static: weights, adapters, their gradients and AdamW's two moments.
+        embedding: the embedding table where it could wait on the host (untied, frozen), else 0.
+        bus: bytes a second from device to host; PCIe 5 reaches 47e9.
+        embedding_on_host: the table is there already (and not in `static`).
+        stream_itemsize: bytes of a number between layers, 0: `itemsize`.
+        packed: the frozen linears are in 4 bits.
+        masked: the adapters have dropout.
+        repeated_kv: attention keeps k and v once a query head besides (`kernels.attention.repeats_kv`).
+        adapted: which groups of a layer's linears have adapters.
+    """
+
+    tokens: int
+    length: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query_columns: int
+    kv_columns: int
+    heads: int
+    vocabulary: int
+    rank_columns: int
+    itemsize: int
+    static: int
+    embedding: int
+    bus: float = 40e9
+    embedding_on_host: bool = False
+    stream_itemsize: int = 0
+    packed: bool = False
+    masked: bool = False
+    repeated_kv: bool = False
+    adapted: frozenset[str] = GROUPS
+
+    @property
+    def input(self) -> int:
+        """Bytes of one layer's input."""
+        return self.tokens * self.hidden * (self.stream_itemsize or self.itemsize)
+
+    @property
+    def tails(self) -> int:
+        """Bytes of drop(x) A^T of one layer's seven linears, kept on the device."""
+        return self.tokens * 7 * self.rank_columns * self.itemsize
+
+    @property
+    def tails_again(self) -> float:
+        """What making them again costs one layer, in products' operations of that time: inputs are read once more, and
+        once for masks, by four launches of 5 us."""
+        inputs = (2 * self.hidden + self.query_columns + self.intermediate) * self.itemsize
+        return (self.tokens * inputs * (1 + self.masked) / COPIES + 4 * 5e-6) * PRODUCTS
+
+    @property
+    def attention(self) -> int:
+        """Bytes that the level "attention" adds to one layer."""
+        columns = 2 * self.query_columns + 2 * self.kv_columns + self._repeated
+        return self.tokens * (columns * self.itemsize + 4 * self.heads) + self.input
+
+    @property
+    def _repeated(self) -> int:
+        return 2 * self.query_columns if self.repeated_kv else 0
+
+    @property
+    def mlp(self) -> int:
+        """Bytes that the level "all" adds to "attention"."""
+        return self.tokens * (2 * self.intermediate + 2 * self.rank_columns) * self.itemsize
+
+    @property
+    def attention_products(self) -> float:
+        """Operations that the level "attention" saves one layer: q, k, v, o and attention itself."""
+        linear = 2 * self.hidden * (2 * self.query_columns + 2 * self.kv_columns)
+        return float(self.tokens * (linear + 2 * self.length * self.query_columns))
+
+    @property
+    def mlp_products(self) -> float:
+        """Operations that keeping gate and up saves one layer."""
+        return float(self.tokens * 4 * self.hidden * self.intermediate)
+
+    @property
+    def gate_up_share(self) -> float:
+        """The share of layers whose gate and up get over the bus, after the inputs, while the forward computes."""
+        forward = (self.attention_products + 1.5 * self.mlp_products) / PRODUCTS
+        return min(max((BUS_SHARE * self.bus * forward - self.input) / self.mlp, 0.0), 1.0)
+
+    @property
+    def mlp_backward(self) -> int:
+        """Of one layer: the gradient of its output, in which that of h will stand; silu(gate) up or its gradient; two
+        rows of H."""
+        rows = self.intermediate + 2 * self.hidden
+        return self.tokens * rows * self.itemsize + self.input + self._masks(5 * self.hidden + self.intermediate)
+
+    @property
+    def attention_backward(self) -> int:
+        """Of one layer: that gradient, a row of H, the gradient of attention's output, those of q, k and v as attention
+        gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
+        qkv, row = self.query_columns + 2 * self.kv_columns, self.hidden + self.query_columns
+        weights = self._weights["qkv"] + self._weights["o"]
+        columns = 2 * qkv + row + self._repeated
+        activations = self.tokens * (columns * self.itemsize + 4 * self.query_columns)
+        masks = self._masks(3 * self.hidden + self.query_columns)
+        return weights * self.itemsize + activations + self.input + masks
+
+    def _masks(self, columns: int) -> int:
+        """Bytes of dropout's bits for inputs of so many columns, one each adapter."""
+        return self.tokens * columns // 8 if self.masked else 0
+
+    def mlp_backward_weights(self, frugal: bool) -> int:
+        """Unpacked at once in the backward of one layer's MLP, adapters among them."""
+        held = [self._weights[name] for name in ("qkv", "gate_up", "down")]
+        return (max(held[:2]) if frugal else sum(held)) * self.itemsize
+
+    @property
+    def _weights(self) -> dict[str, int]:
+        """Numbers of M, [W | s B; A], of each group (`kernels.group`)."""
+        h, i, q = self.hidden, self.intermediate, self.query_columns
+
+        def numbers(rows: int, columns: int, adapters: int) -> int:
+            width = padded(adapters * self.rank_columns)
+            return (rows + width) * (columns + width)
+
+        return {
+            "qkv": numbers(q + 2 * self.kv_columns, h, 3),
+            "o": numbers(h, q, 1),
+            "gate_up": numbers(2 * i, h, 2),
+            "down": numbers(h, i, 1),
+        }
+
+    @property
+    def forward(self) -> int:
+        """Peak of one layer's forward above what layers keep, beside its input: at down_proj, where all lives on."""
+        inner = self.tokens * (self.intermediate + self.rank_columns)
+        kept = self.attention + self.mlp + self.input
+        return (self._weights["down"] + inner) * self.itemsize + kept + self._masks(self.intermediate)
+
+    @property
+    def unpacking(self) -> float:
+        """What unpacking q, k, v, gate and up of one layer once more costs, in products' operations of that time."""
+        weights = self.hidden * (self.query_columns + 2 * self.kv_columns + 2 * self.intermediate)
+        return weights * 2.5 / COPIES * PRODUCTS
+
+    @property
+    def unpacking_always(self) -> float:
+        """What forward and backward of one layer spend on unpacking what has adapters, counted likewise."""
+        return 2 * sum(self._weights[name] for name in self.adapted) * 2.5 / COPIES * PRODUCTS
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes of one layer's linears unpacked that have adapters, with these behind them."""
+        return sum(self._weights[name] for name in self.adapted) * self.itemsize
+
+    def chunking(self, rows: int) -> float:
+        """What `rows` logits at a time cost beside 1024, counted likewise: the head is read twice a chunk, which takes
+        longer than the products of fewer than 260 rows, and a chunk's launches take 30 us."""
+        head = self.vocabulary * self.hidden
+        waiting = max(head * self.itemsize / COPIES * PRODUCTS - 2.0 * rows * head, 0.0)
+        launches = 30e-6 * PRODUCTS
+        return self.tokens * ((2 * waiting + launches) / rows - launches / 1024)
+
+    def head(self, rows: int) -> int:
+        """Bytes of the head's scratch for `rows` logits at a time, beside its input, normed, and its gradient."""
+        return rows * self.vocabulary * HEAD_BYTES_PER_LOGIT + 3 * self.input
 
 
 def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from qwen2tool.kernels.attention import repeats_kv
-from qwen2tool.routing.memory import PRODUCTS, WORKSPACES, MemoryPlan, Recompute, Sizes, plan_memory
+from qwen2tool.routing.memory import WORKSPACES, MemoryPlan, Recompute, plan_memory
 from qwen2tool.routing.plan import RoutePlan, plan_routes
-from qwen2tool.routing.sizes import may_wait_on_host, measure, stream_dtype
+from qwen2tool.routing.sizes import PRODUCTS, Sizes, may_wait_on_host, measure, stream_dtype
 from qwen2tool.routing.swap import route
 from qwen2tool.training.batches import bucket
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2tool.routing.memory import WORKSPACES, Sizes, plan_memory
+from qwen2tool.routing.memory import WORKSPACES, plan_memory
+from qwen2tool.routing.sizes import Sizes
 
 LARGE = Sizes(
     tokens=8192, length=2048, layers=32, hidden=4096, intermediate=11008, query_columns=4096, kv_columns=4096, heads=32,
