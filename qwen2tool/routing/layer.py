@@ -178,6 +178,8 @@ class _FusedLayer(torch.autograd.Function):
         place: Place | None,
         *parameters: torch.Tensor,
     ) -> Any:
+        ctx.spec, ctx.call, ctx.centre = spec, call, centre
+        spec = call.at_work(spec, spec.index + 1)
         h = torch.empty_like(x)  # x, to which o_proj then adds
         qkv, _ = _norm(x, spec.norm1, spec.eps, spec.qkv, call, copy=h)
         attention = _attention(qkv, spec, call, centre)
@@ -196,7 +198,6 @@ class _FusedLayer(torch.autograd.Function):
         swiglu_forward(gate_up.plain, out=down.rows.plain)
         down.forward(residual=y, out=y)
         tails.append(_tail(down, call))
-        ctx.spec, ctx.call, ctx.centre = spec, call, centre
         ctx.kept = _Kept()
         if any(ctx.needs_input_grad):
             ctx.kept = _keep(spec, keep, place, x, _Tails(*tails), attention, h, gate_up)
@@ -206,7 +207,8 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        spec, call, kept = ctx.spec, ctx.call, ctx.kept
+        call, kept = ctx.call, ctx.kept
+        spec = call.at_work(ctx.spec, ctx.spec.index - 1)
         tails = kept.tails or _Tails()
         if kept.host is not None:
             kept.host.fetch_below(spec.index)

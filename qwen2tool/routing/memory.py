@@ -36,6 +36,7 @@ class MemoryPlan:
         host_inputs: so many layers, from the first, keep their input on the host.
         host_gate_up: these layers keep gate and up, on the host.
         host_embedding: the embedding table waits on the host.
+        host_weights: so many layers, from the second, have their 4-bit weights on the host while others are at work.
         head_rows: logits at a time, None for the op's own choice.
         frugal: weights are unpacked again instead of held from the recomputation to the backward.
         tails: drop(x) A^T is kept, which costs little and saves little.
@@ -52,8 +53,14 @@ class MemoryPlan:
     frugal: bool = False
     tails: bool = True
     layers_unpacked: int = 0
+    host_weights: int = 0
     estimate: int = 0
     saved: float = 0.0
+
+    @property
+    def layers_away(self) -> frozenset[int]:
+        """Those of `host_weights`; the first one is needed before anything could have brought it."""
+        return frozenset(range(1, self.host_weights + 1))
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count} x {level}" for level, count in self.describe()["keep"].items() if count)
@@ -61,6 +68,7 @@ class MemoryPlan:
             f"{self.host_inputs} layer inputs on the host" if self.host_inputs else "",
             f"gate and up of {len(self.host_gate_up)} on the host" if self.host_gate_up else "",
             "embedding on the host" if self.host_embedding else "",
+            f"4-bit weights of {self.host_weights} on the host" if self.host_weights else "",
             f"weights of {self.layers_unpacked} unpacked" if self.layers_unpacked else "",
         )
         return "; ".join([f"kept {kept}", *filter(None, moved)])
@@ -72,6 +80,7 @@ class MemoryPlan:
             "layer_inputs_on_host": self.host_inputs,
             "gate_up_on_host": len(self.host_gate_up),
             "embedding_on_host": self.host_embedding,
+            "weights_on_host": self.host_weights,
             "head_rows": self.head_rows,
             "frugal": self.frugal,
             "tails": self.tails,
@@ -88,23 +97,45 @@ def plan_memory(sizes: Sizes, budget: int, recompute: Recompute = "auto", *, hos
         host: whether anything may wait on the host.
     """
     plans = list(_candidates(sizes, recompute, host))
-    fitting = [_lift(sizes, plan, budget) if recompute == "auto" else plan for plan in plans if plan.estimate <= budget]
+    fitting = [plan for plan in plans if plan.estimate <= budget]
     if not fitting:
         return min(plans, key=lambda plan: plan.estimate)
-    return max(fitting, key=lambda plan: plan.saved)  # the first of equals: they come with the least on the host first
+    if recompute != "auto":
+        return max(fitting, key=lambda plan: plan.saved)
+    # In the order of what they may come to, and no further than that can be the best.
+    best: MemoryPlan | None = None
+    for plan in sorted(fitting, key=lambda plan: -_most(sizes, plan, budget)):
+        if best is not None and _most(sizes, plan, budget) < best.saved:
+            break
+        lifted = _lift(sizes, plan, budget)
+        if best is None or lifted.saved > best.saved:
+            best = lifted
+    assert best is not None
+    return best
+
+
+def _most(sizes: Sizes, plan: MemoryPlan, budget: int) -> float:
+    """At least what `_lift` can make `plan` save: the best rate a byte, for what is left of the budget, for what the
+    last layer keeps for nothing and for what a layer on its way from the host leaves below the peak."""
+    rates = sizes.attention_products / sizes.attention, sizes.mlp_products / sizes.mlp
+    return plan.saved + max(rates) * (budget - plan.estimate + sizes.attention + 2 * sizes.mlp)
 
 
 def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[MemoryPlan]:
     """Ways to spend the host's memory and bus, before the device's is filled."""
     level: Keep = "all" if recompute == "none" else "input"
+    # The last layer's weights are at work where the backward begins, wherever they wait.
+    away = sorted({0, (sizes.layers - 2) // 2, sizes.layers - 2}) if host and sizes.layer_packed else [0]
+    away = [count for count in away if count >= 0]
     embeddings = (True,) if sizes.embedding_on_host else (False, True) if sizes.embedding and host else (False,)
     for host_embedding in embeddings:
         for host_inputs in (0, sizes.layers - 1) if host and recompute != "none" and sizes.layers > 1 else (0,):
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
-                for frugal, tails, rows in product((False, True), (True, False), CHUNKS):
+                for weights, frugal, tails, rows in product(away, (False, True), (True, False), CHUNKS):
                     bare = MemoryPlan((), host_inputs, host_embedding=host_embedding, head_rows=rows)
-                    yield _plan(sizes, level, share, replace(bare, frugal=frugal, tails=tails))
+                    bare = replace(bare, frugal=frugal, tails=tails, host_weights=weights)
+                    yield _plan(sizes, level, share, bare)
 
 
 def _plan(sizes: Sizes, level: Keep, share: float, bare: MemoryPlan) -> MemoryPlan:
@@ -115,6 +146,8 @@ def _plan(sizes: Sizes, level: Keep, share: float, bare: MemoryPlan) -> MemoryPl
     # memory's time from kernels that need it: counted twice, for they wait for each other.
     cost = bare.host_embedding * sizes.input / sizes.bus * PRODUCTS + sizes.chunking(bare.head_rows or CHUNKS[0])
     cost += 4 * (bare.host_inputs * sizes.input + len(chosen) * sizes.mlp) / COPIES * PRODUCTS
+    cost += sizes.waiting(bare.host_weights, bare.host_inputs, len(chosen)) * PRODUCTS
+    cost += 4 * bare.host_weights * sizes.layer_packed / COPIES * PRODUCTS
     cost += sizes.layers * ((sizes.unpacking if bare.frugal else 0.0) + (0.0 if bare.tails else sizes.tails_again))
     saved = len(chosen) * sizes.mlp_products - cost
     if level == "all":
@@ -130,6 +163,7 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
     layer keeps takes the place of what it would recompute, and costs next to nothing.
     """
     static = sizes.static - (sizes.embedding if plan.host_embedding else 0) + plan.layers_unpacked * sizes.unpacked
+    static -= max(plan.host_weights - 2, 0) * sizes.layer_packed  # those at work and those on their way are there
     attention, mlp, tails, x = sizes.attention, sizes.mlp, sizes.tails, sizes.input
     kept = [
         (tails if plan.tails else 0)
@@ -163,7 +197,7 @@ def _lift(sizes: Sizes, plan: MemoryPlan, budget: int) -> MemoryPlan:
     plan = _lift_level(sizes, plan, budget, "input", "attention", sizes.attention_products)
     plan = _lift_level(sizes, plan, budget, "mlp", "all", sizes.attention_products)
     plan = _lift_level(sizes, plan, budget, "attention", "all", sizes.mlp_products)
-    if not sizes.packed or not sizes.adapted:
+    if not sizes.packed or not sizes.adapted or plan.host_weights:
         return plan
     count = min((budget - plan.estimate) // sizes.unpacked, sizes.layers)
     lifted = replace(plan, layers_unpacked=count, saved=plan.saved + count * sizes.unpacking_always)

@@ -22,6 +22,8 @@ from qwen2tool.kernels.lora import (
 )
 from qwen2tool.kernels.nf4 import Quantised
 from qwen2tool.kernels.rows import copy_rows
+from qwen2tool.routing.examine import LayerSpec
+from qwen2tool.routing.weights import HostWeights
 
 
 class Handed:
@@ -97,6 +99,7 @@ class Call:
         tails: keep T = drop(x) A^T for the backward rather than make it again.
         handed: what backwards of neighbouring layers pass on.
         unpacked: holds the layer's weights, None: they are unpacked for each use.
+        weights: brings weights that wait on the host, None: none does.
     """
 
     sequences: Sequences
@@ -108,6 +111,15 @@ class Call:
     tails: bool = True
     handed: Handed = field(default_factory=Handed)
     unpacked: Unpacked | None = None
+    weights: HostWeights | None = None
+
+    def at_work(self, spec: LayerSpec, following: int) -> LayerSpec:
+        """`spec` with its weights on the device, while those of the layer that comes next start on their way."""
+        if self.weights is None:
+            return spec
+        here = self.weights.bring(spec)
+        self.weights.fetch(following)
+        return here
 
 
 class Operands:

@@ -1,5 +1,5 @@
-"""What the memory plan has to know of a model: shapes, bytes and operations; and how they are read off a model, loaded or
-on the meta device."""
+"""What the memory plan has to know of a model: shapes, bytes and operations, read off the model, loaded or on the meta
+device."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Sizes:
         embedding_on_host: the table is there already (and not in `static`).
         stream_itemsize: bytes of a number between layers, 0: `itemsize`.
         packed: the frozen linears are in 4 bits.
+        layer_packed: bytes of one layer's 4-bit weights where they could wait on the host, else 0.
         masked: the adapters have dropout.
         repeated_kv: attention keeps k and v once a query head besides (`kernels.attention.repeats_kv`).
         adapted: which groups of a layer's linears have adapters.
@@ -57,6 +58,7 @@ class Sizes:
     embedding_on_host: bool = False
     stream_itemsize: int = 0
     packed: bool = False
+    layer_packed: int = 0
     masked: bool = False
     repeated_kv: bool = False
     adapted: frozenset[str] = GROUPS
@@ -107,8 +109,23 @@ class Sizes:
     @property
     def gate_up_share(self) -> float:
         """The share of layers whose gate and up get over the bus, after the inputs, while the forward computes."""
-        forward = (self.attention_products + 1.5 * self.mlp_products) / PRODUCTS
-        return min(max((BUS_SHARE * self.bus * forward - self.input) / self.mlp, 0.0), 1.0)
+        return min(max((BUS_SHARE * self.bus * self.forward_seconds - self.input) / self.mlp, 0.0), 1.0)
+
+    @property
+    def forward_seconds(self) -> float:
+        """Of one layer's products."""
+        return (self.attention_products + 1.5 * self.mlp_products) / PRODUCTS
+
+    def waiting(self, weights: int, inputs: int, gate_up: int) -> float:
+        """Seconds that a pass waits for 4-bit weights of so many layers, which come in the forward and again in the
+        backward, there beside so many inputs and gates and ups. A backward takes 1.8 times as long as the forward (7B,
+        H200, a fifth of the products computed again)."""
+        forward = BUS_SHARE * self.layers * self.forward_seconds
+        packed = weights * self.layer_packed
+        back = packed + inputs * self.input + gate_up * self.mlp
+        if not packed:
+            return 0.0
+        return max(packed / self.bus - forward, 0.0) + max(back / self.bus - 1.8 * forward, 0.0)
 
     @property
     def mlp_backward(self) -> int:
@@ -219,6 +236,7 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         embedding_on_host=on_device and table.device != head.device,
         bus=_bus_rate(head.device) if head.is_cuda else Sizes.bus,
         packed=any(getattr(p, "quant_type", None) for p in model.parameters()),
+        layer_packed=_packed_bytes(named, head.device) // config.num_hidden_layers if on_device else 0,
         adapted=frozenset(_group(name) for name, _ in named if ".lora_A." in name) & GROUPS,
         masked=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if "lora_dropout" in n),
     )
@@ -238,6 +256,12 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype | None:
 def may_wait_on_host(model: Any) -> bool:
     """Whether the embedding table is frozen and no head hangs on it."""
     return not model.config.tie_word_embeddings and not model.get_input_embeddings().weight.requires_grad
+
+
+def _packed_bytes(named: list[tuple[str, Any]], device: torch.device) -> int:
+    """Of all 4-bit weights on `device`, without their scales."""
+    weights = [p for _, p in named if getattr(p, "quant_type", None) and p.device == device]
+    return sum(p.numel() // 2 if p.is_meta else p.numel() * p.element_size() for p in weights)
 
 
 def _bytes(parameter: torch.Tensor) -> int:

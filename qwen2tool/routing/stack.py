@@ -27,6 +27,7 @@ from qwen2tool.routing.layer import Keep, Place, fused_layer
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.operands import Call, Handed, Unpacked, with_room
 from qwen2tool.routing.sequences import Flat, flatten
+from qwen2tool.routing.weights import HostWeights
 
 PASSED_ON = ("output_hidden_states", "output_attentions", "cache_position")
 """Arguments whose presence hands the pass to the original."""
@@ -55,7 +56,7 @@ class RoutedStack(nn.Module):
         self.__dict__["_modules"] = original._modules
         object.__setattr__(self, "original", original)  # not a sub-module: its parameters would be named twice
         self.memory, self.residual_dtype, self.reference = memory, residual_dtype, reference
-        self._host, self._unpacked = HostStore(), Unpacked()
+        self._host, self._unpacked, self._weights = HostStore(), Unpacked(), HostWeights()
         self._centres: dict[int, tuple[Any, torch.Tensor | None]] = {}
         self.train(original.training)
 
@@ -90,6 +91,7 @@ class RoutedStack(nn.Module):
             if input_ids is not None and self._waits_on_host(input_ids):
                 inputs_embeds = self.embed(input_ids)
                 input_ids = None
+            self._weights.restore()
             with safe_attention():
                 return self.original(
                     input_ids=input_ids,
@@ -122,6 +124,15 @@ class RoutedStack(nn.Module):
             return gather_rows(self.embed_tokens.weight, ids)
         embedded: torch.Tensor = self.embed_tokens(ids)
         return embedded
+
+    def settle(self) -> None:
+        """Puts the weights that wait on the host there, also where something has moved the whole model."""
+        if self.memory is not None:
+            self._weights.move({index: self.layers[index] for index in sorted(self.memory.layers_away)})
+
+    def restore(self) -> None:
+        """Puts the weights back on the device, for whoever takes the layers as they are."""
+        self._weights.restore()
 
     def _waits_on_host(self, ids: torch.Tensor) -> bool:
         """Whether the table is where our memory plan put it; what others move, their hooks bring back."""
@@ -159,6 +170,8 @@ class RoutedStack(nn.Module):
         if self.reference:
             plain = self.original.config._attn_implementation == "sdpa"  # others take no mask of ours
             return [NotFused("asked for")] * len(self.layers) if plain else None
+        if self.memory is not None and self._weights.away != self.memory.layers_away:
+            self.settle()
         try:
             return examine_stack(self.original)
         except NeedsBatch:
@@ -175,10 +188,12 @@ class RoutedStack(nn.Module):
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
         plan = self.memory or MemoryPlan(())
-        bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails)
+        weights = self._weights if self._weights.away else None
+        bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails, weights=weights)
         unpacked = replace(bare, unpacked=self._unpacked)
         for index, (layer, spec) in enumerate(zip(self.layers, layers, strict=True)):
             if isinstance(spec, NotFused):
+                self._weights.restore(index)
                 x = self._reference_layer(layer, index, x, flat, dtype)
                 continue
             x = fused_layer(

@@ -40,6 +40,7 @@ def unroute(model: Any) -> None:
     stack, name = find_stack(model)
     if not isinstance(stack, RoutedStack):
         raise UserError("the model is not routed", "Call route(model) first")
+    stack.restore()
     _set(model, name, stack.original)
 
 

@@ -41,11 +41,12 @@ def embedding_to_host(model: Any) -> None:
 
 
 def settle(model: Any) -> None:
-    """Puts the embedding of a routed model back on the host where the plan has it: trainers move whole models."""
+    """Puts back on the host what the plan of a routed model has there: trainers move whole models."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     memory = base.model.memory
     if memory is not None and memory.host_embedding:
         embedding_to_host(model)
+    base.model.settle()
 
 
 class Shared(NamedTuple):
@@ -110,7 +111,8 @@ def put_on_fast_path(
     """
     sizes, on_gpu = measure(model, tokens, length, dtype), model.get_output_embeddings().weight.is_cuda
     if not on_gpu:
-        sizes = replace(sizes, packed=False)  # where nothing limits the memory, 4 bits are there to save it
+        # Where nothing limits the memory, 4 bits are there to save it.
+        sizes = replace(sizes, packed=False, layer_packed=0)
     elif shapes == "many" and repeats_kv():
         sizes = replace(sizes, repeated_kv=sizes.kv_columns < sizes.query_columns)
     space = _all_there_is(model) if budget is None else budget
@@ -118,6 +120,8 @@ def put_on_fast_path(
     fixed_rope = (model.config.rope_parameters or {}).get("rope_type", "default") not in ("dynamic", "longrope")
     all_fused = plan_routes(model, reference=reference).counts.get("fused layer", 0) == sizes.layers
     graphs = graphs and on_gpu and fixed_rope and all_fused
+    if not all_fused:
+        sizes = replace(sizes, layer_packed=0)
     # A CPU gains nothing by larger passes, and a mask of tokens by tokens (layers not fused) grows with their square.
     choice = cuts if cuts and on_gpu and all_fused else (tokens,)
     sized = {count: replace(sizes, tokens=count) for count in choice}
@@ -125,9 +129,8 @@ def put_on_fast_path(
     shared = {count: share_memory(each, space, recompute, **options) for count, each in sized.items()}
     best = best_cut(shared, sized, space, as_kept=budget is None)
     memory, graphs, reserve = shared[best]
-    if memory.host_embedding:
-        embedding_to_host(model)
     plan = route(model, memory=memory, residual_dtype=stream_dtype(dtype), reference=reference)
+    settle(model)
     if not all_fused and recompute != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Plans(plan, memory, graphs, reserve, best if choice is cuts else None)
@@ -144,15 +147,27 @@ def share_memory(
     Where that does not fit, passes run eagerly and have all of the budget.
     """
     if graphs and many_shapes:
-        packed = sizes.static + int((budget - sizes.static) * PACKED)
-        plan = plan_memory(sizes, packed, recompute, host=host)
-        if plan.estimate <= packed:
-            lasting = sizes.static - (sizes.embedding if plan.host_embedding else 0) + WORKSPACES
-            lasting += plan.layers_unpacked * sizes.unpacked
+        plan = plan_memory(sizes, _packed(min(sizes.static, budget), budget), recompute, host=host)
+        lasting = _lasting(sizes, plan)
+        if plan.estimate > _packed(lasting, budget):  # less of it lasts than was thought
+            plan = plan_memory(sizes, _packed(lasting, budget), recompute, host=host)
+            lasting = _lasting(sizes, plan)
+        if plan.estimate <= _packed(lasting, budget):
             one = min(int((plan.estimate - lasting) / PACKED), budget - lasting)
             return Shared(plan, True, one if lasting + GROWTH * one > budget else 0)
         graphs = False
     return Shared(plan_memory(sizes, budget, recompute, host=host), graphs, 0)
+
+
+def _packed(lasting: int, budget: int) -> int:
+    """What a plan may come to beside what lasts: a pool is filled to PACKED."""
+    return lasting + int((budget - lasting) * PACKED)
+
+
+def _lasting(sizes: Sizes, plan: MemoryPlan) -> int:
+    """Bytes that stay from one pass to the next."""
+    away = (sizes.embedding if plan.host_embedding else 0) + plan.host_weights * sizes.layer_packed
+    return WORKSPACES + sizes.static - away + plan.layers_unpacked * sizes.unpacked
 
 
 def cuts(longest: int, step: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2tool.routing.memory import WORKSPACES, plan_memory
+from qwen2tool.routing.memory import WORKSPACES, _candidates, _lift, _most, plan_memory
 from qwen2tool.routing.sizes import Sizes
 
 LARGE = Sizes(
@@ -20,7 +20,7 @@ SMALL = Sizes(
 )  # fmt: skip
 MODELS = {
     "7B": LARGE,
-    "7B in 4 bits": replace(LARGE, packed=True, masked=True),
+    "7B in 4 bits": replace(LARGE, packed=True, masked=True, layer_packed=101_187_584),
     "0.5B": SMALL,
     "one layer": replace(LARGE, layers=1),
     "fp32": replace(SMALL, itemsize=4),
@@ -200,6 +200,8 @@ def at_every_moment(sizes, plan):
         # then attention's: d_output, dq dk dv, [dq | dk | dv], fp32 dq
         moments.append(there + (qkv + o) * s + n * (h + q + 2 * (q + 2 * kv)) * s + 4 * n * q + masks(3 * h, q))
     static = sizes.static + always - (sizes.embedding if plan.host_embedding else 0)
+    if plan.host_weights:  # the layer's at work and the next one's; what is away for good are the others'
+        static -= (plan.host_weights - 2) * sizes.layer_packed
     return [WORKSPACES + static + moment for moment in moments]
 
 
@@ -220,6 +222,37 @@ def test_the_last_layer_keeps_for_nothing():
     least = plan_memory(LARGE, smallest(LARGE, host=False), host=False)
     assert least.keep == ("input",) * 31 + ("all",)
     assert least.estimate == plan_memory(LARGE, 0, "all", host=False).estimate
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_candidate_would_have_been_better(name):
+    """The search leaves out what cannot be the best; looked through one by one they give the same."""
+    sizes = MODELS[name]
+    for budget in budgets(sizes, 25):
+        every = list(_candidates(sizes, "auto", True))
+        fitting = [_lift(sizes, plan, budget) for plan in every if plan.estimate <= budget]
+        found = plan_memory(sizes, budget)
+        assert found.saved == max((plan.saved for plan in fitting), default=found.saved)
+        assert all(lifted.saved <= _most(sizes, plan, budget) for plan, lifted in zip(
+            [plan for plan in every if plan.estimate <= budget], fitting, strict=True
+        ))  # fmt: skip
+
+
+def test_weights_wait_on_the_host_where_the_bus_has_time():
+    """8192 tokens take a 7B's forward 190 ms, in which 30 layers' 3 GB get over the bus easily; 1024 tokens do not."""
+    packed = replace(MODELS["7B in 4 bits"], static=7_200_000_000, embedding=0, embedding_on_host=True, bus=48e9)
+    plan = plan_memory(packed, 10_430_000_000)
+    assert plan.host_weights == 30 and plan.layers_away == set(range(1, 31)) and plan.layers_unpacked == 0
+    without = plan_memory(replace(packed, layer_packed=0), 10_430_000_000)
+    assert plan.saved > without.saved and plan.keep.count("attention") > without.keep.count("attention") + 5
+    assert plan_memory(packed, ENOUGH).host_weights == 0 == plan_memory(packed, 10**10, host=False).host_weights
+    assert packed.waiting(30, 31, 14) == 0 == packed.waiting(0, 31, 31)
+    few = replace(packed, tokens=1024)
+    forward = 0.8 * 32 * few.forward_seconds
+    away, back = 30 * 101_187_584 / 48e9, 31 * few.input / 48e9
+    assert few.waiting(30, 31, 0) == pytest.approx(2 * away + back - 2.8 * forward) and forward < 0.03 < 0.06 < away
+    assert plan_memory(few, 8_800_000_000).host_weights == 0
+    assert plan_memory(few, 0).host_weights == 30, "where nothing else fits, it is waited for"
 
 
 def test_weights_stay_unpacked_when_all_else_is_kept():
@@ -322,6 +355,7 @@ def test_described_in_plain_values():
         "gate_up_on_host": len(plan.host_gate_up),
         "embedding_on_host": True,
         "head_rows": 512,
+        "weights_on_host": 0,
         "frugal": plan.frugal,
         "tails": plan.tails,
         "layers_unpacked": 0,
