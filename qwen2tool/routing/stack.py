@@ -188,6 +188,7 @@ class RoutedStack(nn.Module):
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
         plan = self.memory or MemoryPlan(())
+        self._weights.begin()
         weights = self._weights if self._weights.away else None
         bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails, weights=weights)
         unpacked = replace(bare, unpacked=self._unpacked)

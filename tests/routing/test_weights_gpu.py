@@ -10,9 +10,9 @@ from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route, unroute
 from qwen2tool.training.fast import settle
-from qwen2tool.training.passes import Passes
 from tests.routing.models import batch, logits_and_gradients
 from tests.routing.test_weights import four_bit
+from tests.training.test_passes_gpu import MIDDLE, SHORT, Run, batch_of
 
 pytestmark = pytest.mark.gpu
 LARGER = {"hidden_size": 512, "intermediate_size": 1088, "num_hidden_layers": 5, "num_attention_heads": 8}
@@ -80,29 +80,29 @@ def test_a_copy_that_came_too_late_would_show(monkeypatch):
 
 
 def test_replayed_passes_read_them_too():
-    model = model_of()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    ids = batch(2, 128).cuda()
-
-    def loss(inputs):
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits.float()
-        return {"loss": logits.square().mean()}
-
+    model, sequence = model_of(), [SHORT, MIDDLE, SHORT, SHORT, MIDDLE]
     found = []
     for graphs, plan in ((False, MemoryPlan(("input",) * LAYERS)), (True, PLANS["all recomputed"])):
-        route(model, memory=plan)
-        passes = Passes(loss, parameters, lambda: torch.autocast("cuda", torch.bfloat16), graphs=graphs)
-        torch.manual_seed(7)
-        for number in range(4):
-            found.append(passes({"input_ids": ids + number})["loss"])
-            found += [p.grad.clone() for p in parameters]
-            for parameter in parameters:
-                parameter.grad = None
-        assert passes.captured == graphs
-        unroute(model)
+        run = Run(model, graphs=graphs, memory=plan)
+        found += [value for seed, lengths in enumerate(sequence) for value in run.step([batch_of(lengths, seed)])]
+        assert run.passes.captured == 2 * graphs
     half = len(found) // 2
-    assert half == 4 * (1 + LAYERS * 7 * 2)
+    assert half == len(sequence) * (2 + LAYERS * 7 * 2)
     assert [index for index in range(half) if not torch.equal(found[index], found[half + index])] == []
+
+
+def test_a_pass_that_ended_early_leaves_nothing_wrong():
+    """A forward that fails in its third layer has fetched the fourth's weights; the next one begins anew."""
+    model = model_of()
+    route(model, memory=PLANS["all recomputed"])
+    first = results(model, 1)
+    stack, _ = find_stack(model)
+    weight = stack.layers[2].input_layernorm.weight
+    norm, weight.data = weight.data, torch.ones(3)
+    with pytest.raises((RuntimeError, ValueError)):
+        results(model, 1)
+    weight.data = norm
+    assert different(results(model, 1), first) == []
 
 
 def test_generation_has_them_back_and_the_next_pass_sends_them_away():
