@@ -3,8 +3,8 @@
 A layer's weights (101 MB of a 7B) travel while the layer before it computes, in the forward and once more in the
 backward, on a stream of their own: the bus carries them one way while what layers keep leaves the other (`host`). They
 never travel back, for nothing writes to them. Where the backward begins memory is scarcest, and all but the weights of
-two layers are away. Those two have fixed places, by turns: taken from the allocator and given back 60 times a pass, they
-left 3 GB of a 7B's 14 in pieces. Scales stay on the device: they are a thirtieth of it.
+two layers are away. Those two have fixed places, by turns: taken from the allocator and given back 60 times a pass,
+they left 3 GB of a 7B's 14 in pieces. Scales stay on the device: they are a thirtieth of it.
 """
 
 from __future__ import annotations
