@@ -125,8 +125,8 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
     """Ways to spend the host's memory and bus, before the device's is filled."""
     level: Keep = "all" if recompute == "none" else "input"
     # The last layer's weights are at work where the backward begins, wherever they wait.
-    away = sorted({0, (sizes.layers - 2) // 2, sizes.layers - 2}) if host and sizes.layer_packed else [0]
-    away = [count for count in away if count >= 0]
+    counts = (0, (sizes.layers - 2) // 2, sizes.layers - 2) if host else (0,)
+    away = [count for count in counts if count == 0 or sizes.gone(count) > 0]
     embeddings = (True,) if sizes.embedding_on_host else (False, True) if sizes.embedding and host else (False,)
     for host_embedding in embeddings:
         for host_inputs in (0, sizes.layers - 1) if host and recompute != "none" and sizes.layers > 1 else (0,):
@@ -163,7 +163,7 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
     layer keeps takes the place of what it would recompute, and costs next to nothing.
     """
     static = sizes.static - (sizes.embedding if plan.host_embedding else 0) + plan.layers_unpacked * sizes.unpacked
-    static -= max(plan.host_weights - 2, 0) * sizes.layer_packed  # those at work and those on their way are there
+    static -= sizes.gone(plan.host_weights)
     attention, mlp, tails, x = sizes.attention, sizes.mlp, sizes.tails, sizes.input
     kept = [
         (tails if plan.tails else 0)

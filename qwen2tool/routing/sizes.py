@@ -116,6 +116,11 @@ class Sizes:
         """Of one layer's products."""
         return (self.attention_products + 1.5 * self.mlp_products) / PRODUCTS
 
+    def gone(self, weights: int) -> int:
+        """Bytes that are not on the device where so many layers' 4-bit weights wait on the host: it keeps places for
+        those of the layer at work and those of the next."""
+        return max(weights - 2, 0) * self.layer_packed
+
     def waiting(self, weights: int, inputs: int, gate_up: int) -> float:
         """Seconds that a pass waits for 4-bit weights of so many layers, which come in the forward and again in the
         backward, there beside so many inputs and gates and ups. A backward takes 1.8 times as long as the forward (7B,

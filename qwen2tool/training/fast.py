@@ -147,14 +147,14 @@ def share_memory(
     Where that does not fit, passes run eagerly and have all of the budget.
     """
     if graphs and many_shapes:
-        plan = plan_memory(sizes, _packed(min(sizes.static, budget), budget), recompute, host=host)
-        lasting = _lasting(sizes, plan)
-        if plan.estimate > _packed(lasting, budget):  # less of it lasts than was thought
-            plan = plan_memory(sizes, _packed(lasting, budget), recompute, host=host)
+        guess = min(sizes.static, budget)
+        for _ in range(3):  # less may last than was guessed, and the pool be larger
+            plan = plan_memory(sizes, _packed(guess, budget), recompute, host=host)
             lasting = _lasting(sizes, plan)
-        if plan.estimate <= _packed(lasting, budget):
-            one = min(int((plan.estimate - lasting) / PACKED), budget - lasting)
-            return Shared(plan, True, one if lasting + GROWTH * one > budget else 0)
+            if plan.estimate <= _packed(lasting, budget):
+                one = min(int((plan.estimate - lasting) / PACKED), budget - lasting)
+                return Shared(plan, True, one if lasting + GROWTH * one > budget else 0)
+            guess = min(guess, lasting)
         graphs = False
     return Shared(plan_memory(sizes, budget, recompute, host=host), graphs, 0)
 
@@ -166,7 +166,7 @@ def _packed(lasting: int, budget: int) -> int:
 
 def _lasting(sizes: Sizes, plan: MemoryPlan) -> int:
     """Bytes that stay from one pass to the next."""
-    away = (sizes.embedding if plan.host_embedding else 0) + plan.host_weights * sizes.layer_packed
+    away = (sizes.embedding if plan.host_embedding else 0) + sizes.gone(plan.host_weights)
     return WORKSPACES + sizes.static - away + plan.layers_unpacked * sizes.unpacked
 
 

@@ -246,6 +246,9 @@ def test_weights_wait_on_the_host_where_the_bus_has_time():
     without = plan_memory(replace(packed, layer_packed=0), 10_430_000_000)
     assert plan.saved > without.saved and plan.keep.count("attention") > without.keep.count("attention") + 5
     assert plan_memory(packed, ENOUGH).host_weights == 0 == plan_memory(packed, 10**10, host=False).host_weights
+    assert packed.gone(30) == 28 * 101_187_584 and packed.gone(2) == packed.gone(0) == 0
+    assert plan_memory(replace(packed, layers=4), 0).host_weights == 0, "two would win nothing"
+    assert plan_memory(replace(packed, layers=5), 0).host_weights == 3
     assert packed.waiting(30, 31, 14) == 0 == packed.waiting(0, 31, 31)
     few = replace(packed, tokens=1024)
     forward = 0.8 * 32 * few.forward_seconds

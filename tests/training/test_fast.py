@@ -16,15 +16,16 @@ from tests.routing.test_memory import LARGE
 from tests.tiny import TARGETS, tiny_model
 
 OPTIONS = {"recompute": "auto", "host": True}
-BUDGETS = [8.5, 9, 9.5, 10, 12, 20, 40, 60, 80, 140, 300]
+BUDGETS = [3.5, 4.5, 6, 7, 8.5, 9, 9.5, 10, 12, 20, 40, 60, 80, 140, 300]
 
 
-PACKED_7B = replace(LARGE, packed=True)
+PACKED_7B = replace(LARGE, packed=True, layer_packed=101_187_584)
 
 
 def lasting(sizes, plan):
     """What is no part of a pass, written out."""
     moved = sizes.embedding if plan.host_embedding else 0
+    moved += max(plan.host_weights - 2, 0) * sizes.layer_packed
     return sizes.static + WORKSPACES - moved + plan.layers_unpacked * sizes.unpacked
 
 
@@ -53,6 +54,13 @@ def test_a_tight_budget_gives_up_graphs_a_wider_one_reserves_and_a_wide_one_does
         for budget in (tight, tight * 11 // 10, 300 * 10**9)
     ]
     assert [(graphs, reserve > 0) for graphs, reserve in found] == [(False, False), (True, True), (True, False)]
+
+
+def test_weights_on_the_host_do_not_cost_graphs():
+    """What lasts is then less than the budget although all the weights together are more."""
+    assert PACKED_7B.static > 6_400_000_000
+    plan, graphs, reserve = share_memory(PACKED_7B, 6_400_000_000, **OPTIONS, graphs=True, many_shapes=True)
+    assert plan.host_weights == 30 and graphs and 0 < reserve <= 6_400_000_000 - lasting(PACKED_7B, plan)
 
 
 def test_graphs_of_many_shapes_cost_a_twentieth_of_what_passes_have():
