@@ -25,6 +25,8 @@ sum of all `batches.parts` of a pass."""
 MOST_TOKENS = 8192
 """Of a pass that a step is cut into. From some 4096 on a Hopper GPU is busy with products, and a larger pass gains
 nothing more; what it fills up and what it keeps grow on."""
+PIECES = 500_000_000
+"""Bytes left in pieces that are worth the seconds of `compact`."""
 PASS_SECONDS = 0.01
 """What a replayed pass costs beside its products: inputs, launch, the guard's wait, a Trainer's loop around them."""
 
@@ -43,10 +45,32 @@ def embedding_to_host(model: Any) -> None:
 def settle(model: Any) -> None:
     """Puts back on the host what the plan of a routed model has there: trainers move whole models."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    memory = base.model.memory
+    memory, head = base.model.memory, model.get_output_embeddings().weight
     if memory is not None and memory.host_embedding:
         embedding_to_host(model)
     base.model.settle()
+    if memory is not None and memory.host_weights and head.is_cuda and _in_pieces() > PIECES:
+        compact(model, head.device)
+
+
+def _in_pieces() -> int:
+    """Bytes that torch holds of the device and nothing lives in, though all that can be has been given back."""
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def compact(model: Any, device: torch.device) -> None:
+    """Moves all of a model that is on `device` out and in again, so that the memory between its tensors is given back.
+
+    transformers has the weights loaded into one block of the allocator's. What has left it leaves holes there that no
+    pass can use, since passes have a pool of their own. Parameters stay the objects that they are.
+    """
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == device]
+    for tensor in tensors:
+        tensor.data = tensor.data.to("cpu", copy=True)
+    torch.cuda.empty_cache()
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device, copy=True)
 
 
 class Shared(NamedTuple):

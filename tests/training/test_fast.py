@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from qwen2tool.routing.memory import WORKSPACES, plan_memory
 from qwen2tool.training.batches import parts
-from qwen2tool.training.fast import GROWTH, PACKED, put_on_fast_path, share_memory
+from qwen2tool.training.fast import GROWTH, PACKED, compact, put_on_fast_path, share_memory
 from tests.routing.test_matrix import quantise
 from tests.routing.test_memory import LARGE
 from tests.tiny import TARGETS, tiny_model
@@ -74,6 +74,25 @@ def test_graphs_of_many_shapes_cost_a_twentieth_of_what_passes_have():
 @pytest.mark.parametrize("largest", [128, 1024, 2048, 3072, 8192, 12288, 24576])
 def test_growth_is_the_sum_of_all_sizes(largest):
     assert sum(parts(largest)) <= GROWTH * largest
+
+
+def test_a_compacted_model_is_the_same_in_other_places():
+    """Parameters, tied and quantised ones too, stay the same objects with the same bits."""
+    base = tiny_model(tie_word_embeddings=True).requires_grad_(False)
+    quantise(base, torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=list(TARGETS)))
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    ids = torch.arange(24).view(2, 12)
+    wanted = model(input_ids=ids).logits
+    compact(model, torch.device("cpu"))
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(after[name] is tensor for name, tensor in tensors.items()) and len(tensors) > 60
+    assert all(torch.equal(after[name], values[name]) for name in values)
+    assert all(after[name].data_ptr() != places[name] for name in places)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model(input_ids=ids).logits, wanted)
 
 
 def test_a_cpu_keeps_4_bits():

@@ -7,6 +7,7 @@ import gc
 import pytest
 import torch
 
+from qwen2tool.training import fast
 from qwen2tool.training.model import fresh_lora
 from qwen2tool.training.stepper import LINEARS, StepOptions, Stepper
 from tests.routing.test_matrix import quantise
@@ -21,16 +22,21 @@ GEOMETRY = {
 ROWS, COLUMNS = 4, 1024
 
 
+def model_of(quantize, dropout):
+    model = tiny_model(**GEOMETRY).requires_grad_(False).to("cuda", torch.bfloat16)
+    if quantize == "nf4":
+        quantise(model, torch.bfloat16)
+    return fresh_lora(model, rank=32, alpha=16, dropout=dropout, targets=LINEARS).train()
+
+
 def peak_and_plan(budget_gb, quantize, dropout):
     """(bytes at the peak, what the plan says) of four steps, after all that the model itself takes to make."""
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    model = tiny_model(**GEOMETRY).requires_grad_(False).to("cuda", torch.bfloat16)
-    if quantize == "nf4":
-        quantise(model, torch.bfloat16)
-    model = fresh_lora(model, rank=32, alpha=16, dropout=dropout, targets=LINEARS).train()
-    stepper = Stepper(model, StepOptions(memory_budget_gb=budget_gb, dropout=dropout, quantize=quantize))
+    stepper = Stepper(
+        model_of(quantize, dropout), StepOptions(memory_budget_gb=budget_gb, dropout=dropout, quantize=quantize)
+    )
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     for seed in range(4):
@@ -47,3 +53,21 @@ def test_the_peak_is_what_was_planned(budget_gb, quantize, dropout):
     peak, plan = peak_and_plan(budget_gb, quantize, dropout)
     planned = plan["estimated_bytes"]
     assert 0.88 * planned < peak < 1.02 * planned, f"{peak / 1e9:.3f} GB, planned {planned / 1e9:.3f}: {plan}"
+
+
+@pytest.mark.parametrize("compacts", [True, False])
+def test_what_moved_to_the_host_is_given_back(compacts, monkeypatch):
+    """From the one block that a loader took for all weights: what the embedding and six layers leave is holes in it."""
+    monkeypatch.setattr(fast, "PIECES", 0 if compacts else 1 << 62)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    block = torch.empty(1_600_000_000, dtype=torch.uint8, device="cuda")
+    del block
+    model = model_of("nf4", 0.0)
+    plans = fast.put_on_fast_path(model, tokens=ROWS * COLUMNS, length=COLUMNS, dtype=torch.bfloat16, budget=0)
+    assert plans.memory.host_weights == 6 and plans.memory.host_embedding
+    gc.collect()
+    torch.cuda.empty_cache()
+    left = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - before
+    assert left < 60_000_000 if compacts else left > 300_000_000, f"{left / 1e6:.0f} MB"
