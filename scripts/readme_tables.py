@@ -87,11 +87,16 @@ TRAINERS = {
 
 
 def training() -> str:
+    """Runs of one task alone stand before those of both: they are the later ones."""
     found = load("real_model")
-    parts = [found[name] for name in ("peers", "peers_unsloth") if name in found]
-    origins = dict.fromkeys([made_by(found["train"]), *(made_by(part, ("trl", "unsloth")) for part in parts)])
-    peers = {name: run for part in parts for name, run in part.items()}
-    return "\n\n".join((training_table(found["train"], peers), *origins))
+    ours, peers = ([found[f"{part}{task}"] for task in ("", "_sft", "_dpo") if f"{part}{task}" in found]
+                   for part in ("train", "peers"))  # fmt: skip
+    origins = dict.fromkeys([*map(made_by, ours), *(made_by(part, ("trl", "unsloth")) for part in peers)])
+    return "\n\n".join((training_table(_merged(ours), _merged(peers)), *origins))
+
+
+def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {name: run for part in parts for name, run in part.items()}
 
 
 def training_table(ours: dict[str, Any], peers: dict[str, Any]) -> str:

@@ -68,7 +68,9 @@ def main() -> None:
 
 
 def keep(options: argparse.Namespace, part: str, found: dict[str, Any]) -> None:
-    write_result(options.result, ["python", "scripts/real_model.py", *sys.argv[1:]], {part: found})
+    """Under a name of its own where it is of one task alone, so that the other's, of another run, stays."""
+    name = f"{part}_{options.tasks[0]}" if part in ("train", "peers") and len(options.tasks) == 1 else part
+    write_result(options.result, ["python", "scripts/real_model.py", *sys.argv[1:]], {name: found})
 
 
 def split_data(options: argparse.Namespace) -> None:

@@ -226,6 +226,21 @@ def test_training_table_with_useful_tokens():
     ]
 
 
+def test_a_later_run_of_one_task_stands_in_for_that_task_alone(results):
+    later = MADE_BY | {"command": "later"}
+    parts = {
+        "train": {"made_by": MADE_BY, **our_run(1.0)},
+        "train_sft": {"made_by": later, "sft": our_run(20_000.0)["sft"]},
+        "peers": {"made_by": MADE_BY, "sft, cudnn on": peer_run(2500.0), "sft, cudnn off": peer_run(1.0)},
+        "peers_sft": {"made_by": later, "sft, cudnn off": peer_run(5000.0)},
+    }
+    (results / "real_model.json").write_text(json.dumps(parts))
+    text = readme_tables.training()
+    assert "| 20,000 | 1.00x |" in text and "| 0.750 | 0.100 |" in text
+    assert "| 5,000 | 4.00x |" in text and "| 2,500 | 8.00x |" in text
+    assert text.count("`later` at abc") == 1 and text.count(f"`{MADE_BY['command']}` at abc") == 1
+
+
 def test_training_table_of_results_without_rates():
     ours = our_run()
     del ours["dpo"]

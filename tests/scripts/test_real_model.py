@@ -72,6 +72,17 @@ def test_an_adapter_that_cannot_be_scored_is_kept_as_an_error(options, monkeypat
     assert json.loads(options.result.read_text())["peers"]["sft, cudnn on"]["held_out"]["sft"]["nll"] == "nan"
 
 
+def test_one_task_alone_leaves_the_other_s_result(options):
+    for tasks, part, name in (
+        (["sft", "dpo"], "train", "train"), (["sft"], "train", "train_sft"), (["dpo"], "peers", "peers_dpo"),
+        (["sft"], "damage", "damage"),
+    ):  # fmt: skip
+        options.tasks = tasks
+        real_model.keep(options, part, {"of": tasks})
+        assert json.loads(options.result.read_text())[name]["of"] == tasks
+    assert list(json.loads(options.result.read_text())) == ["train", "train_sft", "peers_dpo", "damage"]
+
+
 def test_speed_is_tokens_over_the_seconds_of_training():
     report = {"tokens": 900, "train_seconds": 3.0, "seconds": 9.0}
     assert real_model.speed(report) == {"useful_tokens": 900, "useful_tokens_per_s": 300.0}
