@@ -38,7 +38,9 @@ def train(
         bool | None, typer.Option("--skip-too-long", help="Leave out records whose answer does not fit.")
     ] = None,
     recompute: Annotated[str | None, typer.Option(help="Activations: auto (what fits is kept), all or none.")] = None,
-    memory_budget: Annotated[float | None, typer.Option(help="GPU memory for the run, in GB. [what is free]")] = None,
+    memory_budget: Annotated[
+        float | None, typer.Option(help="GPU memory of the loaded run, in GB. [what is free]")
+    ] = None,
     graphs: Annotated[str | None, typer.Option(help="CUDA graphs: auto or off. [auto]")] = None,
     routes: Annotated[str | None, typer.Option(help="Layers: auto (fused) or reference. [auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,9 +26,10 @@ class Copied(NamedTuple):
 
     @classmethod
     def start(
-        cls, stream: torch.cuda.Stream, layer: int, tensor: torch.Tensor, source: torch.Tensor, out: bool = False
+        cls, stream: torch.cuda.Stream | None, layer: int, tensor: torch.Tensor, source: torch.Tensor, out: bool = False
     ) -> Copied:
         """Starts the copy of `source` into `tensor`, or of `tensor` `out` into `source`."""
+        assert stream is not None
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -81,6 +82,10 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
         self._leaving: deque[Copied] = deque()
         self._arriving: dict[Ticket, Copied] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model begins with nothing."""
+        return type(self), ()
 
     def put(self, index: int, name: str, x: torch.Tensor) -> Ticket:
         """Starts the copy of x (N, ...), the `name` of layer `index`."""

@@ -107,7 +107,7 @@ def _kept_gate_up(kept: _Kept, spec: LayerSpec) -> Rows | None:
 
 
 def _tail(operands: Operands, call: Call) -> torch.Tensor | None:
-    """T to be kept: a copy, as it may stand behind x in one buffer, which would live on with it."""
+    """T to be kept: a copy, as it stands behind x in one buffer, which would live on with it."""
     return operands.rows.tail.clone() if call.tails else None
 
 
@@ -187,7 +187,7 @@ class _FusedLayer(torch.autograd.Function):
         del qkv  # as those below: unpacked weights, and rows that the backward makes again
         o = _o_operands(attention, spec, call)
         o.forward(residual=h, out=h)
-        tails.append(_tail(o, call))
+        tails.append(o.rows.tail if call.tails else None)
         del o
         y = h if keep in ("input", "mlp") else torch.empty_like(h)
         operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call, copy=None if y is h else y)
@@ -208,7 +208,8 @@ class _FusedLayer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         call, kept = ctx.call, ctx.kept
-        spec = call.at_work(ctx.spec, ctx.spec.index - 1)
+        goes_on = ctx.needs_input_grad[0] and ctx.spec.index > 0
+        spec = call.at_work(ctx.spec, ctx.spec.index - 1 if goes_on else None)
         tails = kept.tails or _Tails()
         if kept.host is not None:
             kept.host.fetch_below(spec.index)

@@ -5,8 +5,8 @@ compute dtype. A layer keeps its input (N H s) in any case. "attention" keeps q,
 N s (2 Q + 2 KV + H), and saves the products of q, k, v and o and attention itself; "mlp" keeps gate and up,
 N s (2 I + R), and saves their product; "all" keeps both. Each saves about 5.5 ms a GB on a Hopper GPU. Inputs, and gate
 and up of as many layers as the bus carries while the forward computes, may wait on the host instead, and so may an
-untied embedding table. What is left of the budget lifts layers, the last ones first: theirs is the memory that the
-backward frees first.
+untied embedding table, and the 4-bit weights of all layers but the first and the last while others are at work. What is
+left of the budget lifts layers, the last ones first: theirs is the memory that the backward frees first.
 """
 
 from __future__ import annotations
@@ -115,9 +115,11 @@ def plan_memory(sizes: Sizes, budget: int, recompute: Recompute = "auto", *, hos
 
 
 def _most(sizes: Sizes, plan: MemoryPlan, budget: int) -> float:
-    """At least what `_lift` can make `plan` save: the best rate a byte, for what is left of the budget, for what the
-    last layer keeps for nothing and for what a layer on its way from the host leaves below the peak."""
-    rates = sizes.attention_products / sizes.attention, sizes.mlp_products / sizes.mlp
+    """As much as `_lift` can make `plan` save, or more: the best rate a byte, for what is left of the budget, for what
+    the last layer keeps for nothing and for what a layer on its way from the host leaves below the peak."""
+    rates = [sizes.attention_products / sizes.attention, sizes.mlp_products / sizes.mlp]
+    if sizes.packed and sizes.adapted:
+        rates.append(sizes.unpacking_always / sizes.unpacked)
     return plan.saved + max(rates) * (budget - plan.estimate + sizes.attention + 2 * sizes.mlp)
 
 

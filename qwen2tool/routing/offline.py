@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,10 @@ def plan_checkpoint_memory(
     if adapter is None:
         config = LoraConfig(r=64, target_modules=LINEAR_NAMES, task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    return plan_memory(measure(model, tokens, length, torch.bfloat16), budget)
+    sizes = measure(model, tokens, length, torch.bfloat16)
+    if plan_routes(model).counts.get("fused layer", 0) < sizes.layers:
+        sizes = replace(sizes, layer_packed=0)
+    return plan_memory(sizes, budget)
 
 
 def _training_model(checkpoint: Checkpoint, adapter: Path | None, nf4: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,10 @@ class Unpacked:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[list[Any], tuple[int, ...], torch.Tensor]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model begins with nothing."""
+        return type(self), ()
+
     def matrix(self, group: Group, dtype: torch.dtype) -> torch.Tensor | None:
         """(O + R, K + R) with the frozen weights in place, written again where those were exchanged or written to.
 
@@ -100,6 +105,7 @@ class Call:
         handed: what backwards of neighbouring layers pass on.
         unpacked: holds the layer's weights, None: they are unpacked for each use.
         weights: brings weights that wait on the host, None: none does.
+        specs: of all layers of the pass, for who comes next; None stands for a layer that is not fused.
     """
 
     sequences: Sequences
@@ -112,13 +118,16 @@ class Call:
     handed: Handed = field(default_factory=Handed)
     unpacked: Unpacked | None = None
     weights: HostWeights | None = None
+    specs: Sequence[LayerSpec | None] = ()
 
-    def at_work(self, spec: LayerSpec, following: int) -> LayerSpec:
+    def at_work(self, spec: LayerSpec, following: int | None) -> LayerSpec:
         """`spec` with its weights on the device, while those of the layer that comes next start on their way."""
         if self.weights is None:
             return spec
         here = self.weights.bring(spec)
-        self.weights.fetch(following)
+        later = self.specs[following] if following is not None and following < len(self.specs) else None
+        if later is not None:
+            self.weights.fetch(later)
         return here
 
 

@@ -8,6 +8,7 @@ Inside a pass, a layer that cannot be fused runs as transformers' own layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,7 +57,8 @@ class RoutedStack(nn.Module):
         self.__dict__["_modules"] = original._modules
         object.__setattr__(self, "original", original)  # not a sub-module: its parameters would be named twice
         self.memory, self.residual_dtype, self.reference = memory, residual_dtype, reference
-        self._host, self._unpacked, self._weights = HostStore(), Unpacked(), HostWeights()
+        self._host, self._unpacked = HostStore(), Unpacked()
+        self.host_weights = HostWeights()
         self._centres: dict[int, tuple[Any, torch.Tensor | None]] = {}
         self.train(original.training)
 
@@ -91,7 +93,7 @@ class RoutedStack(nn.Module):
             if input_ids is not None and self._waits_on_host(input_ids):
                 inputs_embeds = self.embed(input_ids)
                 input_ids = None
-            self._weights.restore()
+            self.restore()
             with safe_attention():
                 return self.original(
                     input_ids=input_ids,
@@ -126,13 +128,22 @@ class RoutedStack(nn.Module):
         return embedded
 
     def settle(self) -> None:
-        """Puts the weights that wait on the host there, also where something has moved the whole model."""
+        """Puts the weights that wait on the host there, if anything has brought them back; not for a graph capture."""
         if self.memory is not None:
-            self._weights.move({index: self.layers[index] for index in sorted(self.memory.layers_away)})
+            self.host_weights.move({index: self.layers[index] for index in self.memory.layers_away})
 
     def restore(self) -> None:
-        """Puts the weights back on the device, for whoever takes the layers as they are."""
-        self._weights.restore()
+        """Puts them back on the device, for whoever takes the layers as they are: a pass with a cache does so itself,
+        and PEFT wants it before it adds, loads or merges an adapter. They stay until the next `settle`."""
+        self.host_weights.restore()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutedStack:
+        self.restore()  # a copied weight would lie in no block
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
 
     def _waits_on_host(self, ids: torch.Tensor) -> bool:
         """Whether the table is where our memory plan put it; what others move, their hooks bring back."""
@@ -170,8 +181,6 @@ class RoutedStack(nn.Module):
         if self.reference:
             plain = self.original.config._attn_implementation == "sdpa"  # others take no mask of ours
             return [NotFused("asked for")] * len(self.layers) if plain else None
-        if self.memory is not None and self._weights.away != self.memory.layers_away:
-            self.settle()
         try:
             return examine_stack(self.original)
         except NeedsBatch:
@@ -188,13 +197,15 @@ class RoutedStack(nn.Module):
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
         plan = self.memory or MemoryPlan(())
-        self._weights.begin()
-        weights = self._weights if self._weights.away else None
-        bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails, weights=weights)
+        bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails)
+        if self.host_weights.device == x.device:
+            self.host_weights.begin()
+            specs = [spec if isinstance(spec, LayerSpec) else None for spec in layers]
+            bare = replace(bare, weights=self.host_weights, specs=specs)
         unpacked = replace(bare, unpacked=self._unpacked)
         for index, (layer, spec) in enumerate(zip(self.layers, layers, strict=True)):
             if isinstance(spec, NotFused):
-                self._weights.restore(index)
+                self.host_weights.restore(index)
                 x = self._reference_layer(layer, index, x, flat, dtype)
                 continue
             x = fused_layer(

@@ -20,6 +20,8 @@ def route(
     Args:
         memory, residual_dtype, reference: see `RoutedStack`.
 
+    With a memory plan that has weights on the host these are there from now on; see `RoutedStack.restore`.
+
     Raises:
         UserError: another architecture, or a model that is routed already.
     """
@@ -27,7 +29,9 @@ def route(
     stack, name = find_stack(model)
     if isinstance(stack, RoutedStack):
         raise UserError("the model is routed already", "Call unroute(model) first")
-    _set(model, name, RoutedStack(stack, memory=memory, residual_dtype=residual_dtype, reference=reference))
+    routed = RoutedStack(stack, memory=memory, residual_dtype=residual_dtype, reference=reference)
+    _set(model, name, routed)
+    routed.settle()
     return plan
 
 

@@ -2,14 +2,18 @@
 
 A layer's weights (101 MB of a 7B) travel while the layer before it computes, in the forward and once more in the
 backward, on a stream of their own: the bus carries them one way while what layers keep leaves the other (`host`). They
-never travel back, for nothing writes to them. Where the backward begins memory is scarcest, and all but the weights of
-two layers are away. Those two have fixed places, by turns: taken from the allocator and given back 60 times a pass,
-they left 3 GB of a 7B's 14 in pieces. Scales stay on the device: they are a thirtieth of it.
+never travel back, for nothing writes to them. Where the backward begins memory is scarcest, and of all layers but the
+first and the last it then holds the weights of two. These have fixed places, by turns: taken from the allocator and
+given back 60 times a pass, they would leave it in pieces. Scales stay on the device: they are a thirtieth of it.
+
+What a pass brings is decided by where the weights of its own layers lie, not by what was moved last: a backward goes on
+after somebody has put them back in between. In a graph capture nothing is moved, and all that a pass fetches it waits
+for, as a capture that ends with a copy under way is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,66 +27,77 @@ from qwen2tool.routing.host import Copied, pinned
 
 ALIGNMENT = 256
 """Bytes; where one weight begins behind another."""
+GROUPS = ("qkv", "o", "gate_up", "down")
 
 
 class HostWeights:
-    """Pinned blocks, one a layer, fixed in place, so that a captured graph may read them."""
+    """Pinned blocks, one a layer, fixed in place and never written to again, so that a captured graph may read them."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, torch.Tensor] = {}
-        self._layers: dict[int, nn.Module] = {}
+        self._weights: dict[int, list[nn.Parameter]] = {}
         self._device: torch.device | None = None
         self._stream: torch.cuda.Stream | None = None
         self._places: list[torch.Tensor] = []
         self._coming: dict[int, Copied] = {}
-        self._away: set[int] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins with nothing: the model's weights are put back before one is made."""
+        return type(self), ()
 
     @property
-    def away(self) -> frozenset[int]:
-        """The layers whose weights are on the host."""
-        return frozenset(self._away)
+    def device(self) -> torch.device | None:
+        """Where weights came from; None: nothing was ever moved."""
+        return self._device
 
     def move(self, layers: Mapping[int, nn.Module]) -> None:
         """Puts the 4-bit weights of `layers` on the host where they are on the device."""
         for index, layer in layers.items():
-            weights = [weight for weight in _quantised(layer) if weight.is_cuda]
-            if not weights:
+            if index not in self._weights:
+                self._weights[index] = _quantised(layer)
+            weights = self._weights[index]
+            if not any(map(_on_device, weights)):
                 continue
             offsets = _offsets([_size(weight) for weight in weights])
             if index not in self._blocks:
                 self._blocks[index] = pinned(self, offsets[-1])
             for weight, offset in zip(weights, offsets[:-1], strict=True):
-                home = self._blocks[index][offset : offset + _size(weight)].view(weight.dtype).view(weight.shape)
-                home.copy_(weight.data)
-                self._device, weight.data = weight.device, home
-            self._layers[index] = layer
-            self._away.add(index)
-        largest = max((len(self._blocks[index]) for index in self._away), default=0)
-        if largest > (len(self._places[0]) if self._places else 0):
-            torch.cuda.empty_cache()  # what they leave would fit nothing else
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._places = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(2)]
+                if _on_device(weight) and not self._waits(index, weight):
+                    home = self._blocks[index][offset : offset + _size(weight)].view(weight.dtype).view(weight.shape)
+                    home.copy_(weight.data)
+                    self._device, weight.data = weight.device, home
 
     def restore(self, index: int | None = None) -> None:
-        """Puts those of layer `index`, or of all layers, back on the device."""
-        for layer in self.away if index is None else self.away & {index}:
-            early = self._coming.pop(layer, None)
-            if early is not None:
-                early.wait()
-            for weight in _quantised(self._layers[layer]):
-                weight.data = weight.data.to(self._device)
-            self._away.remove(layer)
+        """Puts those of layer `index`, or of all layers, back where their scales are."""
+        for layer in self._weights if index is None else {index} & set(self._weights):
+            for weight in self._weights[layer]:
+                if self._waits(layer, weight):
+                    state: Any = weight.quant_state  # type: ignore[attr-defined]
+                    weight.data = weight.data.to(state.absmax.device, copy=True)
+
+    def make_places(self) -> None:
+        """Takes the memory of two layers' weights for good; the first fetch does so where nobody has before."""
+        largest = max((len(block) for block in self._blocks.values()), default=0)
+        if largest > (len(self._places[0]) if self._places else 0):
+            self._places = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(2)]
+
+    def free_places(self) -> None:
+        """Gives that memory back. Captured graphs would go on writing to it."""
+        self._places, self._coming = [], {}
 
     def begin(self) -> None:
         """Called before a forward: what a pass that ended early has fetched is not relied on, least of all in a
         capture, which must bring all that it reads itself."""
         self._coming.clear()
 
-    def fetch(self, index: int) -> None:
-        """Starts the way of layer `index`'s weights, if they are on the host."""
-        if index not in self._away or index in self._coming:
+    def fetch(self, spec: LayerSpec) -> None:
+        """Starts the way of a layer's weights, if they are on the host; `bring` has to follow."""
+        index = spec.index
+        if index in self._coming or not any(self._waits(index, weight.packed) for weight in _packed(spec)):
             return
-        assert self._stream is not None
+        self.make_places()
+        if self._stream is None and self._places[0].is_cuda:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         for early in [other for other in self._coming if other % 2 == index % 2]:
             del self._coming[early]  # a backward that ended early left it in this place
         block = self._blocks[index]
@@ -90,30 +105,45 @@ class HostWeights:
 
     def bring(self, spec: LayerSpec) -> LayerSpec:
         """`spec` with its weights on the device, until those of the layer after next are fetched."""
-        if spec.index not in self._away:
+        self.fetch(spec)
+        copied = self._coming.pop(spec.index, None)
+        if copied is None:
             return spec
-        block = self._blocks[spec.index]
-        self.fetch(spec.index)
-        copied = self._coming.pop(spec.index)
         copied.wait()
-        begin, there = block.data_ptr(), copied.tensor
+        begin, there = self._blocks[spec.index].data_ptr(), copied.tensor
 
         def moved(group: Group) -> Group:
             projections = []
             for projection in group.projections:
                 weight = projection.weight
-                if isinstance(weight, Quantised) and not weight.packed.is_cuda:
+                if isinstance(weight, Quantised) and self._waits(spec.index, weight.packed):
                     offset = weight.packed.data_ptr() - begin
                     weight = weight._replace(packed=there[offset : offset + weight.packed.numel()])
                 projections.append(projection._replace(weight=weight))
             return replace(group, projections=tuple(projections))
 
-        groups: dict[str, Any] = {name: moved(getattr(spec, name)) for name in ("qkv", "o", "gate_up", "down")}
+        groups: dict[str, Any] = {name: moved(getattr(spec, name)) for name in GROUPS}
         return replace(spec, **groups)
+
+    def _waits(self, index: int, weight: torch.Tensor) -> bool:
+        """Whether `weight` lies in the block of layer `index`."""
+        block = self._blocks.get(index)
+        return block is not None and 0 <= weight.data_ptr() - block.data_ptr() < len(block)
+
+
+def _packed(spec: LayerSpec) -> Iterator[Quantised]:
+    for group in spec.groups:
+        for projection in group.projections:
+            if isinstance(projection.weight, Quantised):
+                yield projection.weight
 
 
 def _quantised(layer: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in layer.parameters() if getattr(weight, "quant_state", None) is not None]
+
+
+def _on_device(weight: torch.Tensor) -> bool:
+    return weight.is_cuda
 
 
 def _size(weight: torch.Tensor) -> int:

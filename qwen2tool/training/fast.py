@@ -43,14 +43,28 @@ def embedding_to_host(model: Any) -> None:
 
 
 def settle(model: Any) -> None:
-    """Puts back on the host what the plan of a routed model has there: trainers move whole models."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    memory, head = base.model.memory, model.get_output_embeddings().weight
-    if memory is not None and memory.host_embedding:
+    """Puts on the host what the plan of a routed model has there, once that is where it stays: trainers move models.
+
+    Called before any pass: graphs know weights and places by their addresses.
+    """
+    stack, head = _stack(model), model.get_output_embeddings().weight
+    if stack.memory is not None and stack.memory.host_embedding:
         embedding_to_host(model)
-    base.model.settle()
-    if memory is not None and memory.host_weights and head.is_cuda and _in_pieces() > PIECES:
-        compact(model, head.device)
+    stack.settle()
+    if stack.memory is not None and stack.memory.host_weights and head.is_cuda:
+        stack.host_weights.free_places()  # or they would hold what is to be given back
+        if _in_pieces() > PIECES:
+            compact(model, head.device)
+        stack.host_weights.make_places()
+
+
+def send_away(model: Any) -> None:
+    """Puts weights back on the host that something else, generation say, has had back since the last step."""
+    _stack(model).settle()
+
+
+def _stack(model: Any) -> Any:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
 def _in_pieces() -> int:
@@ -60,12 +74,16 @@ def _in_pieces() -> int:
 
 
 def compact(model: Any, device: torch.device) -> None:
-    """Moves all of a model that is on `device` out and in again, so that the memory between its tensors is given back.
+    """Moves what a model has on `device` out and in again, so that the memory between its tensors is given back.
 
     transformers has the weights loaded into one block of the allocator's. What has left it leaves holes there that no
     pass can use, since passes have a pool of their own. Parameters stay the objects that they are.
     """
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device == device]
+    states = [state for p in model.parameters() if (state := getattr(p, "quant_state", None)) is not None]
+    nested = [state.state2 for state in states if state.state2 is not None]
+    scales = [getattr(state, name, None) for state in (*states, *nested) for name in ("absmax", "code", "offset")]
+    found = {id(t): t for t in (*model.parameters(), *model.buffers(), *scales) if torch.is_tensor(t)}
+    tensors = [tensor for tensor in found.values() if tensor.device == device]
     for tensor in tensors:
         tensor.data = tensor.data.to("cpu", copy=True)
     torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ class TrainSettings:
         max_length: tokens; longer records are cut at the end.
         skip_too_long: leave out records whose answer does not fit at all, instead of stopping.
         recompute: which activations the backward recomputes: "auto" keeps what `memory_budget` holds.
-        memory_budget: GPU memory for the whole run in 10^9 bytes, None: what is free when it starts.
+        memory_budget: GPU memory for the run once the model is loaded, in 10^9 bytes; None: what is free then.
         graphs: "auto" replays passes from CUDA graphs where all layers are fused, "off" never; same bits.
         routes: "auto" takes the fused layers, "reference" transformers' own, for comparison.
         dtype: of frozen weights and compute; "auto" is bfloat16 on CUDA (float16 on a GPU without), float32 on the CPU.

@@ -20,7 +20,7 @@ from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import Dtype, load_model
 from qwen2tool.errors import UserError
 from qwen2tool.routing.memory import Recompute
-from qwen2tool.training.fast import embedding_to_host, put_on_fast_path
+from qwen2tool.training.fast import embedding_to_host, put_on_fast_path, send_away
 from qwen2tool.training.forward import log_probs
 from qwen2tool.training.model import fresh_lora
 from qwen2tool.training.passes import Batch, Outcome, Passes
@@ -34,7 +34,7 @@ class StepOptions:
 
     Attributes:
         quantize: "nf4" holds the frozen linears in NF4 with double quantisation.
-        memory_budget_gb: of GPU memory for everything, in 10^9 bytes; None: what is free.
+        memory_budget_gb: of GPU memory for everything once the model is loaded, in 10^9 bytes; None: what is free.
         recompute, graphs: see `routing.memory` and `passes`.
         accumulation: passes a step.
     """
@@ -90,6 +90,7 @@ class Stepper:
         if self._passes is None:
             self._prepare(batches[0])
         assert self._passes is not None
+        send_away(self.model)
         scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
         outcomes = [self._passes(self._batch(ids, scored)) for ids in batches]
         torch.nn.utils.clip_grad_norm_(self._parameters, self.options.max_grad_norm)

@@ -30,7 +30,7 @@ FP32 = torch.float32
 CHECKS: dict[str, Callable[[], Any]] = {
     "layer": partial(test_layer.test_logits_and_every_gradient, "gqa", "input"),
     "layer, all kept": partial(test_layer.test_logits_and_every_gradient, "gqa", "all"),
-    "layer, dropout": partial(test_dropout.test_logits_and_every_gradient, "mlp", None),
+    "layer, dropout": partial(test_dropout.test_logits_and_every_gradient, "mlp", True, None),
     "padding": partial(test_layer.test_padding_on_either_side, "left"),
     "packing": test_layer.test_packed_sequences_do_not_see_each_other,
     "packed rows": partial(test_sequences.test_packed_rows_are_found_as_transformers_finds_them, "packed"),

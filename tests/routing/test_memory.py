@@ -224,10 +224,16 @@ def test_the_last_layer_keeps_for_nothing():
     assert least.estimate == plan_memory(LARGE, 0, "all", host=False).estimate
 
 
-@pytest.mark.parametrize("name", MODELS)
+NARROW = replace(
+    SMALL, hidden=256, intermediate=512, query_columns=256, kv_columns=64, heads=4, vocabulary=1000, packed=True,
+    rank_columns=64, layer_packed=300_000, static=100_000_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*MODELS, "narrow"])
 def test_no_candidate_would_have_been_better(name):
     """The search leaves out what cannot be the best; looked through one by one they give the same."""
-    sizes = MODELS[name]
+    sizes = NARROW if name == "narrow" else MODELS[name]
     for budget in budgets(sizes, 25):
         every = list(_candidates(sizes, "auto", True))
         fitting = [_lift(sizes, plan, budget) for plan in every if plan.estimate <= budget]

@@ -208,3 +208,13 @@ def test_a_memory_plan_without_an_adapter_takes_the_default_one(base_folder, tmp
     assert plan_checkpoint_memory(checkpoint, **sizes) == plan_checkpoint_memory(checkpoint, adapter, **sizes)
     small = write_adapter(tmp_path / "r2", base_folder, rank=2)
     assert plan_checkpoint_memory(checkpoint, small, **sizes) != plan_checkpoint_memory(checkpoint, adapter, **sizes)
+
+
+def test_weights_wait_on_the_host_only_where_all_layers_are_fused(tmp_path):
+    """As in training: a layer on the reference path takes its weights from where they are."""
+    base = write_tiny(tmp_path / "base", num_hidden_layers=5)
+    checkpoint = open_checkpoint(base)
+    sizes = {"nf4": True, "tokens": 128, "length": 32, "budget": 0}
+    plain, dora = write_adapter(tmp_path / "plain", base), write_adapter(tmp_path / "dora", base, use_dora=True)
+    assert plan_checkpoint_memory(checkpoint, plain, **sizes).host_weights == 3
+    assert plan_checkpoint_memory(checkpoint, dora, **sizes).host_weights == 0

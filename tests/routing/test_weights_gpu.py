@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import qwen2tool.routing.weights
+from qwen2tool.routing.host import Copied
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route, unroute
-from qwen2tool.training.fast import settle
+from qwen2tool.training.fast import send_away, settle
 from tests.routing.models import batch, logits_and_gradients
-from tests.routing.test_weights import four_bit
+from tests.routing.test_weights import four_bit, packed
 from tests.training.test_passes_gpu import MIDDLE, SHORT, Run, batch_of
 
 pytestmark = pytest.mark.gpu
@@ -26,12 +26,8 @@ PLANS = {
 }
 
 
-def model_of(dropout=0.1):
-    return four_bit("cuda", torch.bfloat16, dropout, **LARGER)
-
-
-def packed(model):
-    return [p for p in model.parameters() if getattr(p, "quant_state", None) is not None]
+def model_of(dropout=0.1, **changes):
+    return four_bit("cuda", torch.bfloat16, dropout, LARGER, **changes)
 
 
 def results(model, steps=2):
@@ -64,48 +60,76 @@ def test_a_model_gives_the_same_bits_with_weights_on_the_host_and_without(name):
     assert all(weight.is_cuda and torch.equal(weight.data, old) for weight, old in zip(after, before, strict=True))
 
 
-def test_a_copy_that_came_too_late_would_show(monkeypatch):
-    """Without the wait the first layer that is brought reads what its memory held before."""
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_copy_that_comes_late_is_waited_for(waits, monkeypatch):
+    """Copies begin some milliseconds late; the control does not wait, and reads other layers' weights."""
     model = model_of()
     route(model, memory=MemoryPlan(("input",) * LAYERS))
     right = results(model, 1)
     unroute(model)
-
-    def start(stream, layer, tensor, source, out=False):
-        return qwen2tool.routing.weights.Copied(layer, tensor.zero_(), torch.cuda.Event())  # says that it is there
-
-    monkeypatch.setattr(qwen2tool.routing.weights.Copied, "start", start)
     route(model, memory=PLANS["all recomputed"])
-    assert different(results(model, 1), right)
+    results(model, 1)  # after which the places hold weights of other layers
+    start, wait = Copied.start, Copied.wait
+
+    def late(stream, *arguments):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+        return start(stream, *arguments)
+
+    monkeypatch.setattr(Copied, "start", late)
+    monkeypatch.setattr(Copied, "wait", wait if waits else lambda copied: None)
+    found = different(results(model, 1), right)
+    torch.cuda.synchronize()
+    assert found == [] if waits else found
 
 
-def test_replayed_passes_read_them_too():
-    model, sequence = model_of(), [SHORT, MIDDLE, SHORT, SHORT, MIDDLE]
+def steps(model, graphs, plan, between=lambda run, number: None, sequence=(SHORT, MIDDLE, SHORT, SHORT, MIDDLE)):
+    """Outcomes and gradients of some steps, as a trainer makes them, in one list; how many graphs that took."""
+    run = Run(model, graphs=graphs, memory=plan)
     found = []
-    for graphs, plan in ((False, MemoryPlan(("input",) * LAYERS)), (True, PLANS["all recomputed"])):
-        run = Run(model, graphs=graphs, memory=plan)
-        found += [value for seed, lengths in enumerate(sequence) for value in run.step([batch_of(lengths, seed)])]
-        assert run.passes.captured == 2 * graphs
-    half = len(found) // 2
-    assert half == len(sequence) * (2 + LAYERS * 7 * 2)
-    assert [index for index in range(half) if not torch.equal(found[index], found[half + index])] == []
+    for number, lengths in enumerate(sequence):
+        between(run, number)
+        send_away(run.model)
+        found += run.step([batch_of(lengths, number)])
+    return found, run.passes.captured
 
 
-def test_a_pass_that_ended_early_leaves_nothing_wrong():
-    """A forward that fails in its third layer has fetched the fourth's weights; the next one begins anew."""
-    model = model_of()
-    route(model, memory=PLANS["all recomputed"])
-    first = results(model, 1)
-    stack, _ = find_stack(model)
-    weight = stack.layers[2].input_layernorm.weight
-    norm, weight.data = weight.data, torch.ones(3)
-    with pytest.raises((RuntimeError, ValueError)):
-        results(model, 1)
-    weight.data = norm
-    assert different(results(model, 1), first) == []
+def unequal(ours, theirs):
+    return [index for index, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not torch.equal(a, b)]
 
 
-def test_generation_has_them_back_and_the_next_pass_sends_them_away():
+def generate(run, number):
+    """Before the capture of the first shape, and between replays: weights are back on the device then."""
+    if number in (2, 4):
+        run.model.eval().generate(input_ids=batch(2, 24).cuda(), max_new_tokens=2, do_sample=False, use_cache=True)
+        assert all(weight.is_cuda for weight in packed(run.model))
+        run.model.train()
+
+
+def move(run, number):
+    """As a trainer does with the whole model, before a capture."""
+    if number == 2:
+        run.model.to("cuda")
+
+
+@pytest.mark.parametrize("between", [None, generate, move], ids=["nothing", "generation", "a move"])
+def test_replayed_passes_read_them_too(between):
+    model = model_of(dropout=0.0 if between is generate else 0.1)
+    eager, none = steps(model, False, MemoryPlan(("input",) * LAYERS))
+    replayed, graphs = steps(model, True, PLANS["all recomputed"], between or (lambda run, number: None))
+    assert (none, graphs) == (0, 2) and len(eager) == 5 * (2 + LAYERS * 7 * 2)
+    assert unequal(replayed, eager) == []
+
+
+def test_adapters_on_upper_layers_alone_can_be_captured():
+    """No gradient goes below them: a capture is refused that ends with a copy under way."""
+    model = model_of(layers_to_transform=[3, 4])
+    eager, _ = steps(model, False, MemoryPlan(("input",) * LAYERS))
+    replayed, graphs = steps(model, True, PLANS["all recomputed"])
+    assert graphs == 2 and len(eager) == 5 * (2 + 2 * 7 * 2) and unequal(replayed, eager) == []
+
+
+def test_generation_has_them_back_and_the_next_step_sends_them_away():
     model = model_of(dropout=0.0)
     ids = batch(2, 24).cuda()
     options = {"max_new_tokens": 8, "do_sample": False, "use_cache": True}
@@ -117,7 +141,9 @@ def test_generation_has_them_back_and_the_next_pass_sends_them_away():
     assert all(weight.is_cuda for weight in packed(model))
     model.train()
     assert different(results(model, 1), first) == []
+    send_away(model)
     assert sum(not weight.is_cuda for weight in packed(model)) == 21
+    assert different(results(model, 1), first) == []
 
 
 def test_scoring_without_gradients():
@@ -145,7 +171,7 @@ def test_a_trainer_that_moves_the_model_is_put_right():
 
 
 def test_a_layer_that_is_not_fused_has_its_own_back():
-    """An adapter with a bias, say, loaded after the plan was made."""
+    """Another activation, say, exchanged after the plan was made."""
     model = model_of(dropout=0.0)
     route(model, memory=MemoryPlan(("input",) * LAYERS))
     stack, _ = find_stack(model)
