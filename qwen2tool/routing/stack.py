@@ -133,8 +133,7 @@ class RoutedStack(nn.Module):
             self.host_weights.move({index: self.layers[index] for index in self.memory.layers_away})
 
     def restore(self) -> None:
-        """Puts them back on the device, for whoever takes the layers as they are: a pass with a cache does so itself,
-        and PEFT wants it before it adds, loads or merges an adapter. They stay until the next `settle`."""
+        """Puts them back on the device, where they stay until the next `settle`; see `swap.restore`."""
         self.host_weights.restore()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedStack:

@@ -20,7 +20,7 @@ def route(
     Args:
         memory, residual_dtype, reference: see `RoutedStack`.
 
-    With a memory plan that has weights on the host these are there from now on; see `RoutedStack.restore`.
+    With a memory plan that has weights on the host these are there from now on; see `restore`.
 
     Raises:
         UserError: another architecture, or a model that is routed already.
@@ -46,6 +46,17 @@ def unroute(model: Any) -> None:
         raise UserError("the model is not routed", "Call route(model) first")
     stack.restore()
     _set(model, name, stack.original)
+
+
+def restore(model: Any) -> None:
+    """Puts 4-bit weights that wait on the host back on the device, until the next step of a trainer sends them away.
+
+    For whoever takes the layers as they are: PEFT puts an adapter that is added or loaded where the weight lies, and
+    merges into it there. Generation does it by itself. Nothing happens to a model that is not routed.
+    """
+    stack, _ = find_stack(model)
+    if isinstance(stack, RoutedStack):
+        stack.restore()
 
 
 def _set(model: Any, name: str, module: torch.nn.Module) -> None:

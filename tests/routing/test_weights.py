@@ -17,10 +17,11 @@ import qwen2tool.routing.weights as weights
 from qwen2tool.routing.host import Copied
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
-from qwen2tool.routing.swap import route, unroute
+from qwen2tool.routing.swap import restore, route, unroute
 from tests.routing.models import batch, fill_adapters, logits_and_gradients
 from tests.routing.test_matrix import quantise
 from tests.tiny import TARGETS, tiny_model
+from tests.tolerances import relative_error
 
 LAYERS = 5
 AWAY = MemoryPlan(("input",) * LAYERS, host_weights=3)
@@ -159,6 +160,28 @@ def test_they_come_back_for_generation_and_go_with_the_next_settling(journal):
     stack, _ = find_stack(model)
     stack.settle()
     assert away(model) == [1, 2, 3] and same(results(model), wanted) and journal
+
+
+def test_peft_adds_and_merges_once_they_are_restored(journal):
+    model = four_bit()
+    plain = copy.deepcopy(model)
+    route(model, memory=AWAY)
+    results(model)
+    restore(model)
+    assert away(model) == []
+    for one in (model, plain):
+        one.merge_adapter()
+    assert all(torch.equal(ours.data, theirs.data) for ours, theirs in zip(packed(model), packed(plain), strict=True))
+    for one in (model, plain):
+        one.unmerge_adapter()
+        torch.manual_seed(1)
+        one.add_adapter("second", LoraConfig(r=4, target_modules=list(TARGETS)))
+        one.set_adapter("second")
+        fill_adapters(one)
+    found, wanted = results(model), results(plain)
+    assert found.keys() == wanted.keys() and len(found) == 1 + LAYERS * 7 * 2
+    assert max(relative_error(found[name], wanted[name]) for name in wanted) < 1e-4
+    restore(plain)  # which is not routed
 
 
 def test_a_part_of_a_layer_that_is_back_returns_to_its_own_place(journal):
