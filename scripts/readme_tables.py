@@ -87,16 +87,13 @@ TRAINERS = {
 
 
 def training() -> str:
-    """Runs of one task alone stand before those of both: they are the later ones."""
+    """Runs of one task alone take the place of those of both: they are the later ones."""
     found = load("real_model")
-    ours, peers = ([found[f"{part}{task}"] for task in ("", "_sft", "_dpo") if f"{part}{task}" in found]
+    ours, peers = ([found[part + task] for task in ("", "_sft", "_dpo") if part + task in found]
                    for part in ("train", "peers"))  # fmt: skip
     origins = dict.fromkeys([*map(made_by, ours), *(made_by(part, ("trl", "unsloth")) for part in peers)])
-    return "\n\n".join((training_table(_merged(ours), _merged(peers)), *origins))
-
-
-def _merged(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return {name: run for part in parts for name, run in part.items()}
+    tables = [{name: run for part in parts for name, run in part.items()} for parts in (ours, peers)]
+    return "\n\n".join((training_table(*tables), *origins))
 
 
 def training_table(ours: dict[str, Any], peers: dict[str, Any]) -> str:
