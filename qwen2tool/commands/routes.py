@@ -35,5 +35,5 @@ def routes(
         from qwen2tool.routing.show import print_memory, print_plan
 
         print_plan(plan)
-        if memory:
-            print_memory(memory, assumed=adapter is None)
+        if memory and memory_budget is not None:
+            print_memory(memory, memory_budget, assumed=adapter is None)

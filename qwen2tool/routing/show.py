@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import groupby
+from math import ceil
 
-from qwen2tool.console import format_bytes, format_ranges, print_table, say
+from qwen2tool.console import format_ranges, print_table, say
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import Route, RoutePlan
 
@@ -20,10 +21,17 @@ def print_plan(plan: RoutePlan) -> None:
     say(f"{summary(plan)}, in training with the base frozen")
 
 
-def print_memory(memory: MemoryPlan, *, assumed: bool) -> None:
-    """What layers keep where, and the peak that the plan reckons with."""
+def print_memory(memory: MemoryPlan, budget: float, *, assumed: bool) -> None:
+    """What layers keep where, the peak that the plan reckons with, and whether that is within `budget` GB."""
     lora = ", LoRA of rank 64 on all seven linears" if assumed else ""
-    say(f"memory: {memory}; about {format_bytes(memory.estimate)} at the peak{lora}")
+    say(f"memory: {memory}; about {needed(memory)} GB at the peak{lora}")
+    if memory.estimate > budget * 1e9:
+        say(f"{budget:g} GB are too little for the smallest plan; fewer --tokens, a smaller rank or 4 bits need less")
+
+
+def needed(memory: MemoryPlan) -> str:
+    """The peak that a plan reckons with in GB, rounded up: a budget of so much holds it."""
+    return f"{ceil(memory.estimate / 1e7) / 100:g}"
 
 
 def _rows(folded: list[Route]) -> Iterator[tuple[str, str, str]]:

@@ -22,6 +22,7 @@ from qwen2tool.checkpoint.load import load_tokenizer, quiet_transformers
 from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
 from qwen2tool.console import remark
 from qwen2tool.errors import UserError
+from qwen2tool.routing.show import needed
 from qwen2tool.training.batches import bucket
 from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
 from qwen2tool.training.dataset import Records, as_samples, read_records
@@ -149,10 +150,10 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
         shapes="many",
         cuts=cuts(largest[0], most),
     )
-    needed = plans.memory.estimate
-    if settings.memory_budget and placement.device == "cuda" and needed > settings.memory_budget * 1e9:
+    budget = settings.memory_budget
+    if budget and placement.device == "cuda" and plans.memory.estimate > budget * 1e9:
         raise UserError(
-            f"--memory-budget is {settings.memory_budget:g} GB, the smallest plan needs about {needed / 1e9:.1f}",
+            f"--memory-budget is {budget:g} GB, the smallest plan needs about {needed(plans.memory)}",
             "Raise it, lower --max-length, or pass --quantize nf4",
         )
     remark(f"routes: {plans}")

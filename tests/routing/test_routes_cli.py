@@ -131,6 +131,11 @@ def test_the_memory_plan(tmp_path, base_folder):
     seen = run("routes", base_folder, "--memory-budget", "1", "--tokens", "256")
     last = seen.out.splitlines()[-1]
     assert last.startswith("memory: kept 3 x all; about ") and last.endswith("LoRA of rank 64 on all seven linears")
+    *_, plan, verdict = run("routes", base_folder, "--memory-budget", "0.000001", "--tokens", "256").out.splitlines()
+    assert verdict.startswith("1e-06 GB are too little for the smallest plan;")
+    named = plan.split("; about ")[1].split()[0]
+    again = run("routes", base_folder, "--memory-budget", named, "--tokens", "256").out
+    assert "too little" not in again and "too little" not in seen.out, "what it names is enough"
     found = json.loads(run("routes", base_folder, "--memory-budget", "0.000001", "--json").out)["memory"]
     assert found["keep"]["input"] == 3 and found["embedding_on_host"] and found["estimated_bytes"] > 1000
     assert "memory" not in json.loads(run("routes", base_folder, "--json").out)
