@@ -104,8 +104,9 @@ def plan_memory(sizes: Sizes, budget: int, recompute: Recompute = "auto", *, hos
         return max(fitting, key=lambda plan: plan.saved)
     # In the order of what they may come to, and no further than that can be the best.
     best: MemoryPlan | None = None
-    for plan in sorted(fitting, key=lambda plan: -_most(sizes, plan, budget)):
-        if best is not None and _most(sizes, plan, budget) < best.saved:
+    bounds = [(_most(sizes, plan, budget), plan) for plan in fitting]
+    for bound, plan in sorted(bounds, key=lambda pair: -pair[0]):
+        if best is not None and bound < best.saved:
             break
         lifted = _lift(sizes, plan, budget)
         if best is None or lifted.saved > best.saved:
@@ -135,8 +136,10 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
                 for weights, frugal, tails, rows in product(away, (False, True), (True, False), CHUNKS):
-                    bare = MemoryPlan((), host_inputs, host_embedding=host_embedding, head_rows=rows)
-                    bare = replace(bare, frugal=frugal, tails=tails, host_weights=weights)
+                    bare = MemoryPlan(
+                        (), host_inputs, host_embedding=host_embedding, head_rows=rows, frugal=frugal, tails=tails,
+                        host_weights=weights,
+                    )  # fmt: skip
                     yield _plan(sizes, level, share, bare)
 
 

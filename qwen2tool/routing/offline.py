@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,7 @@ def plan_checkpoint_memory(
     if adapter is None:
         config = LoraConfig(r=64, target_modules=LINEAR_NAMES, task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    sizes = measure(model, tokens, length, torch.bfloat16)
-    if plan_routes(model).counts.get("fused layer", 0) < sizes.layers:
-        sizes = replace(sizes, layer_packed=0)
+    sizes = measure(model, tokens, length, torch.bfloat16, all_fused=plan_routes(model).all_fused)
     return plan_memory(sizes, budget)
 
 

@@ -39,6 +39,11 @@ class RoutePlan:
         """Layers by implementation, for a line of a log."""
         return dict(Counter(r.implementation for r in self.routes if r.module.split(".")[-1].isdigit()))
 
+    @property
+    def all_fused(self) -> bool:
+        """Whether every layer is."""
+        return set(self.counts) == {"fused layer"}
+
     def to_json(self) -> list[dict[str, str]]:
         """Plain values."""
         return [vars(route).copy() for route in self.routes]

@@ -211,9 +211,10 @@ class Sizes:
         return rows * self.vocabulary * HEAD_BYTES_PER_LOGIT + 3 * self.input
 
 
-def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
+def measure(model: Any, tokens: int, length: int, dtype: torch.dtype, *, all_fused: bool = True) -> Sizes:
     """`model`, in training, for passes of `tokens` tokens, `length` the longest sequence.
 
+    Weights may wait on the host where all layers are fused: others take theirs from where they are.
     A meta model counts as one on a GPU: its plan is that of the model once it is loaded there.
     """
     config = model.config
@@ -241,7 +242,7 @@ def measure(model: Any, tokens: int, length: int, dtype: torch.dtype) -> Sizes:
         embedding_on_host=on_device and table.device != head.device,
         bus=_bus_rate(head.device) if head.is_cuda else Sizes.bus,
         packed=any(getattr(p, "quant_type", None) for p in model.parameters()),
-        layer_packed=_packed_bytes(named, head.device) // config.num_hidden_layers if on_device else 0,
+        layer_packed=_packed_bytes(named, head.device) // config.num_hidden_layers if on_device and all_fused else 0,
         adapted=frozenset(_group(name) for name, _ in named if ".lora_A." in name) & GROUPS,
         masked=any(isinstance(m, nn.Dropout) and m.p > 0 for n, m in model.named_modules() if "lora_dropout" in n),
     )

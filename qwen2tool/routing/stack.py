@@ -210,7 +210,7 @@ class RoutedStack(nn.Module):
             x = fused_layer(
                 x,
                 spec,
-                unpacked if self.memory is not None and index < self.memory.layers_unpacked else bare,
+                unpacked if index < plan.layers_unpacked else bare,
                 centre=self._centre(index, spec),
                 keep=self._kept(index, layer),
                 place=self._place(index, x),

@@ -59,6 +59,13 @@ def restore(model: Any) -> None:
         stack.restore()
 
 
+def send_away(model: Any) -> None:
+    """Puts weights back on the host that something else, generation say, has had back since the last step."""
+    stack, _ = find_stack(model)
+    if isinstance(stack, RoutedStack):
+        stack.settle()
+
+
 def _set(model: Any, name: str, module: torch.nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)

@@ -27,7 +27,6 @@ from qwen2tool.routing.host import Copied, pinned
 
 ALIGNMENT = 256
 """Bytes; where one weight begins behind another."""
-GROUPS = ("qkv", "o", "gate_up", "down")
 
 
 class HostWeights:
@@ -36,7 +35,8 @@ class HostWeights:
     def __init__(self) -> None:
         self._blocks: dict[int, torch.Tensor] = {}
         self._weights: dict[int, list[nn.Parameter]] = {}
-        self._device: torch.device | None = None
+        self.device: torch.device | None = None
+        """Where weights came from; None: nothing was ever moved."""
         self._stream: torch.cuda.Stream | None = None
         self._places: list[torch.Tensor] = []
         self._coming: dict[int, Copied] = {}
@@ -44,11 +44,6 @@ class HostWeights:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy begins with nothing: the model's weights are put back before one is made."""
         return type(self), ()
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where weights came from; None: nothing was ever moved."""
-        return self._device
 
     def move(self, layers: Mapping[int, nn.Module]) -> None:
         """Puts the 4-bit weights of `layers` on the host where they are on the device."""
@@ -65,7 +60,7 @@ class HostWeights:
                 if _on_device(weight) and not self._waits(index, weight):
                     home = self._blocks[index][offset : offset + _size(weight)].view(weight.dtype).view(weight.shape)
                     home.copy_(weight.data)
-                    self._device, weight.data = weight.device, home
+                    self.device, weight.data = weight.device, home
 
     def restore(self, index: int | None = None) -> None:
         """Puts those of layer `index`, or of all layers, back where their scales are."""
@@ -79,7 +74,7 @@ class HostWeights:
         """Takes the memory of two layers' weights for good; the first fetch does so where nobody has before."""
         largest = max((len(block) for block in self._blocks.values()), default=0)
         if largest > (len(self._places[0]) if self._places else 0):
-            self._places = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in range(2)]
+            self._places = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
 
     def free_places(self) -> None:
         """Gives that memory back. Captured graphs would go on writing to it."""
@@ -97,7 +92,7 @@ class HostWeights:
             return
         self.make_places()
         if self._stream is None and self._places[0].is_cuda:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         for early in [other for other in self._coming if other % 2 == index % 2]:
             del self._coming[early]  # a backward that ended early left it in this place
         block = self._blocks[index]
@@ -122,8 +117,8 @@ class HostWeights:
                 projections.append(projection._replace(weight=weight))
             return replace(group, projections=tuple(projections))
 
-        groups: dict[str, Any] = {name: moved(getattr(spec, name)) for name in GROUPS}
-        return replace(spec, **groups)
+        qkv, o, gate_up, down = map(moved, spec.groups)
+        return replace(spec, qkv=qkv, o=o, gate_up=gate_up, down=down)
 
     def _waits(self, index: int, weight: torch.Tensor) -> bool:
         """Whether `weight` lies in the block of layer `index`."""

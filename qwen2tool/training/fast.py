@@ -10,7 +10,7 @@ import torch
 
 from qwen2tool.kernels.attention import repeats_kv
 from qwen2tool.routing.memory import WORKSPACES, MemoryPlan, Recompute, plan_memory
-from qwen2tool.routing.plan import RoutePlan, plan_routes
+from qwen2tool.routing.plan import RoutePlan, find_stack, plan_routes
 from qwen2tool.routing.sizes import PRODUCTS, Sizes, may_wait_on_host, measure, stream_dtype
 from qwen2tool.routing.swap import route
 from qwen2tool.training.batches import bucket
@@ -47,7 +47,7 @@ def settle(model: Any) -> None:
 
     Called before any pass: graphs know weights and places by their addresses.
     """
-    stack, head = _stack(model), model.get_output_embeddings().weight
+    (stack, _), head = find_stack(model), model.get_output_embeddings().weight
     if stack.memory is not None and stack.memory.host_embedding:
         embedding_to_host(model)
     stack.settle()
@@ -56,15 +56,6 @@ def settle(model: Any) -> None:
         if _in_pieces() > PIECES:
             compact(model, head.device)
         stack.host_weights.make_places()
-
-
-def send_away(model: Any) -> None:
-    """Puts weights back on the host that something else, generation say, has had back since the last step."""
-    _stack(model).settle()
-
-
-def _stack(model: Any) -> Any:
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
 def _in_pieces() -> int:
@@ -151,19 +142,16 @@ def put_on_fast_path(
         cuts: tokens that passes may have at most instead, the least of them those of the longest record: a step is
             then cut into passes of the best of these, where there is a choice.
     """
-    sizes, on_gpu = measure(model, tokens, length, dtype), model.get_output_embeddings().weight.is_cuda
+    all_fused, on_gpu = plan_routes(model, reference=reference).all_fused, model.get_output_embeddings().weight.is_cuda
+    sizes = measure(model, tokens, length, dtype, all_fused=all_fused)
     if not on_gpu:
-        # Where nothing limits the memory, 4 bits are there to save it.
-        sizes = replace(sizes, packed=False, layer_packed=0)
+        sizes = replace(sizes, packed=False)  # where nothing limits the memory, 4 bits are there to save it
     elif shapes == "many" and repeats_kv():
         sizes = replace(sizes, repeated_kv=sizes.kv_columns < sizes.query_columns)
     space = _all_there_is(model) if budget is None else budget
     # Two rope types read the longest position on the host in every pass, which a capture cannot.
     fixed_rope = (model.config.rope_parameters or {}).get("rope_type", "default") not in ("dynamic", "longrope")
-    all_fused = plan_routes(model, reference=reference).counts.get("fused layer", 0) == sizes.layers
     graphs = graphs and on_gpu and fixed_rope and all_fused
-    if not all_fused:
-        sizes = replace(sizes, layer_packed=0)
     # A CPU gains nothing by larger passes, and a mask of tokens by tokens (layers not fused) grows with their square.
     choice = cuts if cuts and on_gpu and all_fused else (tokens,)
     sized = {count: replace(sizes, tokens=count) for count in choice}

@@ -20,7 +20,8 @@ from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import Dtype, load_model
 from qwen2tool.errors import UserError
 from qwen2tool.routing.memory import Recompute
-from qwen2tool.training.fast import embedding_to_host, put_on_fast_path, send_away
+from qwen2tool.routing.swap import send_away
+from qwen2tool.training.fast import embedding_to_host, put_on_fast_path
 from qwen2tool.training.forward import log_probs
 from qwen2tool.training.model import fresh_lora
 from qwen2tool.training.passes import Batch, Outcome, Passes

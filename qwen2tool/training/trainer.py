@@ -16,7 +16,8 @@ import torch
 from transformers import Trainer
 
 from qwen2tool.errors import EXIT_FINDING, UserError
-from qwen2tool.training.fast import send_away, settle
+from qwen2tool.routing.swap import send_away
+from qwen2tool.training.fast import settle
 from qwen2tool.training.forward import log_probs, sum_by_owner
 from qwen2tool.training.guard import (
     Whereabouts,
@@ -68,7 +69,6 @@ class GuardedTrainer(Trainer):
         self.where = Whereabouts(places)
         self._graphs, self._reserve, self._autocast = graphs, reserve, autocast
         self._passes: Passes | None = None
-        self._routed: Any = None
         self._trainable: dict[str, torch.nn.Parameter] = {}
         self._counted: int | None = None
         self._scale, self._overflows, self._watched_step = 0.0, 0, -1
@@ -121,8 +121,7 @@ class GuardedTrainer(Trainer):
         """Made at the first step, when the Trainer has placed the model and made its loss scaler."""
         if self._passes is None:
             model.train()  # a model's own flag may be that of training while its layers' is not
-            self._routed = self.accelerator.unwrap_model(model)
-            settle(self._routed)
+            settle(self.accelerator.unwrap_model(model))
             scaler = self.accelerator.scaler
             self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
             self._passes = Passes(
@@ -136,7 +135,7 @@ class GuardedTrainer(Trainer):
             )
         elif not model.training:
             model.train()
-        send_away(self._routed)
+        send_away(model)
         return self._passes
 
     def floating_point_ops(self, inputs: list[Batch]) -> int:

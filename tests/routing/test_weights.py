@@ -32,7 +32,13 @@ def four_bit(device="cpu", dtype=torch.float32, dropout=0.0, config=None, **chan
     """NF4 with adapters of non-zero B in fp32, in training mode; `changes` go to LoraConfig."""
     model = tiny_model(**({"num_hidden_layers": LAYERS} | (config or {}))).requires_grad_(False).to(device, dtype)
     quantise(model, dtype)
-    options = {"r": 8, "lora_dropout": dropout, "target_modules": list(TARGETS), "task_type": "CAUSAL_LM"}
+    options = {
+        "r": 8,
+        "lora_alpha": 20,
+        "lora_dropout": dropout,
+        "target_modules": list(TARGETS),
+        "task_type": "CAUSAL_LM",
+    }
     model = get_peft_model(model, LoraConfig(**options | changes))
     fill_adapters(model)
     return model.train()

@@ -8,8 +8,8 @@ import torch
 from qwen2tool.routing.host import Copied
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
-from qwen2tool.routing.swap import route, unroute
-from qwen2tool.training.fast import send_away, settle
+from qwen2tool.routing.swap import route, send_away, unroute
+from qwen2tool.training.fast import settle
 from tests.routing.models import batch, logits_and_gradients
 from tests.routing.test_weights import four_bit, packed
 from tests.training.test_passes_gpu import MIDDLE, SHORT, Run, batch_of

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from qwen2tool.routing.memory import WORKSPACES, plan_memory
 from qwen2tool.training.batches import parts
 from qwen2tool.training.fast import GROWTH, PACKED, compact, put_on_fast_path, share_memory
+from tests.routing.models import fill_adapters
 from tests.routing.test_matrix import quantise
 from tests.routing.test_memory import LARGE
 from tests.tiny import TARGETS, tiny_model
@@ -81,6 +82,7 @@ def test_a_compacted_model_is_the_same_in_other_places():
     base = tiny_model(tie_word_embeddings=True).requires_grad_(False)
     quantise(base, torch.float32)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=list(TARGETS)))
+    fill_adapters(model)
     tensors = dict((*model.named_parameters(), *model.named_buffers()))
     values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
