@@ -2,7 +2,8 @@
 
 N rows (tokens), H hidden, I intermediate, W (heads + kv heads) * head_dim, V vocabulary, R rank of a LoRA; all bf16 on
 random data. A case names its fewest bytes (each input read once, each output written once) and its flops. `torch` is
-PyTorch in as many launches as transformers makes, `liger` Liger's op; `products` are an op's bare matrix products.
+PyTorch in as many launches as transformers makes, `liger` Liger's op; `products` are an op's bare matrix products,
+`a copy` one of as many bytes as the op moves: what a ceiling measured on 2 GB is worth for a launch of that size.
 Others get their inputs in the layout that suits them, and rotate q and k without adding biases (theirs are in the
 product before). Every run is made when its turn comes, so a package that is missing is that run's error alone.
 """

@@ -42,7 +42,8 @@ OPS: dict[str, Callable[[Sizes], Case]] = {
     "swiglu_forward": simple.swiglu_forward,
     "swiglu_backward": partial(simple.swiglu_backward, again=False),
     "swiglu_backward, h again": partial(simple.swiglu_backward, again=True),
-    "dequantise": products.dequantise,
+    "dequantise, gate": partial(products.dequantise, projections=1),
+    "dequantise, gate and up": partial(products.dequantise, projections=2),
     "keep_bits": products.keep_bits,
     "masked_product": products.masked_product,
     "masked_grad_a": products.masked_grad_a,
@@ -55,7 +56,7 @@ OPS: dict[str, Callable[[Sizes], Case]] = {
     "attend, ragged both": partial(products.attention, ragged=True, backward=True),
     "head, both": products.head,
 }
-WEIGHTS_ONLY = ("dequantise",)
+WEIGHTS_ONLY = ("dequantise, gate", "dequantise, gate and up")
 """Ops whose size is the weight's: measured once, not for every number of rows."""
 
 
@@ -64,6 +65,7 @@ def main() -> None:
     limits = ceilings.measure(options.device, **({} if options.device == "cuda" else ceilings.SMOKE))
     found: dict[str, Any] = {"ceilings": limits, "rows": []}
     command = ["python", "benchmarks/kernels.py", *sys.argv[1:]]
+    part = " ".join(["kernels", *filter(None, options.ops)])  # some ops measured anew replace no others
     for name in OPS:
         if not any(name.startswith(prefix) for prefix in options.ops):
             continue
@@ -71,7 +73,7 @@ def main() -> None:
             sizes = Sizes(rows=count, length=min(count, options.length), device=options.device)
             found["rows"].append(measure(name, sizes, limits))
             print(f"{name:35} {found['rows'][-1]['shape']:28} {found['rows'][-1]['microseconds']}", flush=True)
-        write_result(options.result, command, {"kernels": found})
+        write_result(options.result, command, {part: found})
     print(kernel_table(found))
 
 

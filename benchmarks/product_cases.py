@@ -11,27 +11,32 @@ import torch.nn.functional as F
 from benchmarks.kernel_cases import LORAS, Call, Case, Sizes, randn, sets_for, several
 
 
-def dequantise(s: Sizes) -> Case:
-    """One gate or up projection, NF4 with double quantisation."""
+def dequantise(s: Sizes, *, projections: int) -> Case:
+    """A gate projection in NF4 with double quantisation, or gate and up, in one launch; a copy of as many bytes."""
     import bitsandbytes as bnb
 
     from qwen2tool.kernels import nf4
 
-    count = s.intermediate * s.hidden
+    count = projections * s.intermediate * s.hidden
     nbytes = count * (2 + 0.5 + 1 / 64 + 4 / (64 * 256))
     sets = sets_for(nbytes)
-    weights = [quantised(s, s.intermediate, s.hidden) for _ in range(sets)]
-    ours = [nf4.from_bnb(weight) for weight in weights]
+    weights = [[quantised(s, s.intermediate, s.hidden) for _ in range(projections)] for _ in range(sets)]
+    ours = [[nf4.from_bnb(weight) for weight in together] for together in weights]
 
     def others(i: int) -> object:
-        return bnb.functional.dequantize_4bit(weights[i].data, weights[i].quant_state)
+        return [bnb.functional.dequantize_4bit(weight.data, weight.quant_state) for weight in weights[i]]
+
+    def copy() -> Call:
+        halves = [torch.randint(0, 255, (round(nbytes / 2),), dtype=torch.uint8, device=s.device) for _ in range(sets)]
+        return lambda i: halves[i].clone()
 
     runs: dict[str, Callable[[], Call]] = {
         "ours": lambda: lambda i: nf4.dequantise(ours[i], torch.bfloat16),
-        "torch": lambda: lambda i: nf4.dequantise_reference(ours[i], torch.bfloat16),
+        "torch": lambda: lambda i: [nf4.dequantise_reference(weight, torch.bfloat16) for weight in ours[i]],
         "bitsandbytes": lambda: others,
+        "a copy": copy,
     }
-    return Case(shape=f"{s.intermediate} x {s.hidden}", runs=runs, sets=sets, bytes=nbytes)
+    return Case(shape=f"{projections} x {s.intermediate} x {s.hidden}", runs=runs, sets=sets, bytes=nbytes)
 
 
 def quantised(s: Sizes, rows: int, columns: int) -> Any:

@@ -246,7 +246,7 @@ def _peer_versions(part: dict[str, Any]) -> str:
 
 def kernels() -> str:
     found = load_if_measured("kernels")
-    return "\n\n".join((kernel_table(found["kernels"]), made_by(found["kernels"]))) if found else NOT_MEASURED
+    return "\n\n".join(f"{kernel_table(part)}\n\n{made_by(part)}" for part in found.values()) or NOT_MEASURED
 
 
 def kernel_table(part: dict[str, Any]) -> str:

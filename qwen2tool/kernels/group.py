@@ -121,10 +121,17 @@ def unpack(group: Group, dtype: torch.dtype, *, out: torch.Tensor | None = None)
     device = weight.packed.device if isinstance(weight, Quantised) else weight.device
     like, width = torch.empty(0, dtype=dtype, device=device), group.width
     matrix = blank(like, group.rows + width, group.columns + width) if out is None else out
-    row = 0
-    for projection, rows in zip(group.projections, group.outs, strict=True):
-        _fill_base(matrix[row : row + rows, : group.columns], projection.weight)
-        row += rows
+    base = matrix[: group.rows, : group.columns]
+    weights = [projection.weight for projection in group.projections]
+    quantised = [weight for weight in weights if isinstance(weight, Quantised)]
+    if len(quantised) == len(weights):
+        dequantise(quantised, dtype, out=base)
+        return matrix
+    for weight, rows in zip(weights, torch.split(base, list(group.outs)), strict=True):
+        if isinstance(weight, Quantised):
+            dequantise(weight, dtype, out=rows)
+        else:
+            copy_rows(weight.detach().to(dtype), rows)
     return matrix
 
 
@@ -146,10 +153,3 @@ def assemble(group: Group, dtype: torch.dtype, *, extended: bool, unpacked: torc
     a, scaled_b = matrix[group.rows :, :k], matrix[: group.rows, k:]
     fill_adapters(a, scaled_b, adapters)
     return Weights(matrix, a, [scaled_b[rows, columns] for _, rows, columns in group.blocks()])
-
-
-def _fill_base(out: torch.Tensor, weight: torch.Tensor | Quantised) -> None:
-    if isinstance(weight, Quantised):
-        dequantise(weight, out.dtype, out=out)
-    else:
-        copy_rows(weight.detach().to(out.dtype), out)

@@ -173,11 +173,14 @@ def _accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         y += a.to(y.dtype) @ b.to(y.dtype)
 
 
-def product32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b with the fp32 accumulator kept: the result is not rounded to 16 bit."""
+def product32(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale a b with the fp32 accumulator kept: the result is not rounded to 16 bit."""
     if a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-    return a @ b
+        if not a.is_cuda:
+            return a.float() @ b.float() * scale
+        nothing = torch.empty((), dtype=torch.float32, device=a.device)  # not read, as beta is 0
+        return torch.addmm(nothing, a, b, out_dtype=torch.float32, beta=0, alpha=scale)
+    return a @ b * scale
 
 
 def group_backward(
@@ -224,8 +227,7 @@ def adapter_grads(dy: Rows, x: Rows, group: Group, bits: torch.Tensor | None = N
     else:
         grad_a = masked_grad_a(dy.tail[:, :used], x.plain, bits, group.ranks, group.dropout)
     blocks = group.blocks()
-    grad_b = [product32(dy.plain[:, span].T, x.tail[:, columns]) for _, span, columns in blocks]
-    torch._foreach_mul_(grad_b, [adapter.scale for adapter, _, _ in blocks])
+    grad_b = [product32(dy.plain[:, span].T, x.tail[:, columns], adapter.scale) for adapter, span, columns in blocks]
     return [grad for (_, _, columns), b in zip(blocks, grad_b, strict=True) for grad in (grad_a[columns], b)]
 
 

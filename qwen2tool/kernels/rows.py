@@ -18,6 +18,8 @@ from qwen2tool.kernels.backend import require, runs_triton
 
 MOST_ADAPTERS = 3
 """Adapters that one launch takes; q, k and v have three."""
+BLOCK = 1024
+"""Columns of A to a program."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -62,21 +64,6 @@ def _a_rows(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill_a_kernel(
-    a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, out: tl.tensor, stride: tl.tensor, columns: tl.tensor,
-    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    value = _a_rows(tl.zeros((BLOCK,), tl.float32), a0, row, 0, R0, column, columns)
-    if R1:
-        value = _a_rows(value, a1, row, R0, R1, column, columns)
-    if R2:
-        value = _a_rows(value, a2, row, R0 + R1, R2, column, columns)
-    tl.store(out + row.to(tl.int64) * stride + column, value.to(out.dtype.element_ty), mask=column < columns)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _b_block(
     value: tl.tensor, b: tl.tensor, scale: tl.tensor, row: tl.tensor, top: tl.tensor, bottom: tl.tensor,
     column: tl.tensor, first: tl.constexpr, rank: tl.constexpr,
@@ -88,22 +75,37 @@ def _b_block(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fill_b_kernel(
+def _fill_kernel(
+    a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, a_out: tl.tensor, a_stride: tl.tensor, a_columns: tl.tensor,
+    pieces: tl.tensor, a_programs: tl.tensor,
     b0: tl.tensor, b1: tl.tensor, b2: tl.tensor, s0: tl.tensor, s1: tl.tensor, s2: tl.tensor,
     top0: tl.tensor, bottom0: tl.tensor, top1: tl.tensor, bottom1: tl.tensor, top2: tl.tensor, bottom2: tl.tensor,
-    out: tl.tensor, stride: tl.tensor, rows: tl.tensor,
+    b_out: tl.tensor, b_stride: tl.tensor, rows: tl.tensor,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None]
-    value = _b_block(tl.zeros((ROWS, COLUMNS), tl.float32), b0, s0, row, top0, bottom0, column, 0, R0)
-    if R1:
-        value = _b_block(value, b1, s1, row, top1, bottom1, column, R0, R1)
-    if R2:
-        value = _b_block(value, b2, s2, row, top2, bottom2, column, R0 + R1, R2)
-    inside = (row < rows) & (column < WIDTH)
-    tl.store(out + row.to(tl.int64) * stride + column, value.to(out.dtype.element_ty), mask=inside)
+    """The first programs write A, a piece of a row each; the others s B, some rows each."""
+    program = tl.program_id(0)
+    if program < a_programs:
+        row = program // pieces
+        column = program % pieces * BLOCK + tl.arange(0, BLOCK)
+        value = _a_rows(tl.zeros((BLOCK,), tl.float32), a0, row, 0, R0, column, a_columns)
+        if R1:
+            value = _a_rows(value, a1, row, R0, R1, column, a_columns)
+        if R2:
+            value = _a_rows(value, a2, row, R0 + R1, R2, column, a_columns)
+        target = a_out + row.to(tl.int64) * a_stride + column
+        tl.store(target, value.to(a_out.dtype.element_ty), mask=column < a_columns)
+    else:
+        own = (program - a_programs) * ROWS + tl.arange(0, ROWS)[:, None]
+        place = tl.arange(0, COLUMNS)[None]
+        block = _b_block(tl.zeros((ROWS, COLUMNS), tl.float32), b0, s0, own, top0, bottom0, place, 0, R0)
+        if R1:
+            block = _b_block(block, b1, s1, own, top1, bottom1, place, R0, R1)
+        if R2:
+            block = _b_block(block, b2, s2, own, top2, bottom2, place, R0 + R1, R2)
+        inside = (own < rows) & (place < WIDTH)
+        tl.store(b_out + own.to(tl.int64) * b_stride + place, block.to(b_out.dtype.element_ty), mask=inside)
 
 
 def fill_adapters(
@@ -134,23 +136,30 @@ def _launch(
 ) -> None:
     padded: list[Any] = [*adapters, *[adapters[0]] * (MOST_ADAPTERS - len(adapters))]
     ranks = {f"R{j}": padded[j][0].shape[0] if j < len(adapters) else 0 for j in range(MOST_ADAPTERS)}
+    # Without s B no program is left for it.
+    target = a if scaled_b is None else scaled_b
+    rows, width = (0, 1) if scaled_b is None else scaled_b.shape
+    spans = [edge for p in padded for edge in (p[3].start, p[3].stop)]
+    columns = triton.next_power_of_2(width)
+    per_program = max(2048 // columns, 1)
+    pieces = triton.cdiv(a.shape[1], BLOCK)
+    a_programs = a.shape[0] * pieces
     with torch.cuda.device_of(a):  # type: ignore[no-untyped-call]
-        grid = (a.shape[0], triton.cdiv(a.shape[1], 1024))
-        _fill_a_kernel[grid](*(p[0] for p in padded), a, a.stride(0), a.shape[1], **ranks, BLOCK=1024)
-        if scaled_b is None:
-            return
-        rows, width = scaled_b.shape
-        spans = [edge for p in padded for edge in (p[3].start, p[3].stop)]
-        columns = triton.next_power_of_2(width)
-        per_program = max(2048 // columns, 1)
-        _fill_b_kernel[(triton.cdiv(rows, per_program),)](
+        _fill_kernel[(a_programs + triton.cdiv(rows, per_program),)](
+            *(p[0] for p in padded),
+            a,
+            a.stride(0),
+            a.shape[1],
+            pieces,
+            a_programs,
             *(p[1] for p in padded),
             *(float(p[2]) for p in padded),
             *spans,
-            scaled_b,
-            scaled_b.stride(0),
+            target,
+            target.stride(0),
             rows,
             **ranks,
+            BLOCK=BLOCK,
             WIDTH=width,
             ROWS=per_program,
             COLUMNS=columns,

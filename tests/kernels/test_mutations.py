@@ -139,6 +139,13 @@ def swapped_nibbles(function):
     return lambda q, *rest: function(q._replace(packed=(q.packed >> 4) | (q.packed << 4)), *rest)
 
 
+def swapped_nibbles_of_all(launch):
+    def mutated(weights, out):
+        launch([q._replace(packed=(q.packed >> 4) | (q.packed << 4)) for q in weights], out)
+
+    return mutated
+
+
 def swapped_sign(rope_backward):
     return lambda dqk, cos, sin, **options: rope_backward(dqk, cos, -sin, **options)
 
@@ -173,6 +180,7 @@ MUTATIONS = {
     "no bias of any linear": Mutation("kernels.lora:_bias", lambda old: lambda *args: None, "lora"),
     "no scaling of LoRA": Mutation("routing.examine:Adapter", lambda old: lambda a, b, s: Adapter(a, b, 1.0), "layer"),
     "no scaling in the operands": Mutation("kernels.group:fill_adapters", unscaled_operands, "lora nf4"),
+    "no scaling of B's gradient": Mutation("kernels.lora:product32", lambda old: lambda a, b, s=1.0: old(a, b), "lora"),
     "one mask for all": Mutation("kernels.lora:keep_bits", one_mask, "lora dropout"),
     "one mask for all of a layer's": Mutation("kernels.lora:keep_bits", one_mask, "layer, dropout"),
     "other masks in the backward": Mutation("kernels.lora:masked_grad_a", other_masks, "lora dropout"),
@@ -209,7 +217,7 @@ MUTATIONS = {
     ),
     "no gradient of the residual": Mutation("routing.layer:rms_norm_backward", without("residual_grad"), "layer"),
     "no residual": Mutation("routing.operands:group_forward", without("residual"), "layer"),
-    "nibbles swapped": Mutation("kernels.nf4:_launch", swapped_nibbles, "nf4"),
+    "nibbles swapped": Mutation("kernels.nf4:_launch", swapped_nibbles_of_all, "nf4"),
     "nibbles swapped, in a group": Mutation("kernels.nf4:dequantise_reference", swapped_nibbles, "lora nf4"),
     "padding ignored": Mutation("routing.stack:flatten", without_mask, "padding"),
     "packed sequences together": Mutation("routing.sequences:_ragged", one_sequence, "packing"),

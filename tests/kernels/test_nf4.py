@@ -90,6 +90,42 @@ def test_rows_of_any_stride(shape, extra):
         assert buffer[:, shape[1] :].isnan().all()
 
 
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "plain"])
+@pytest.mark.parametrize("extra", [0, 8])
+@pytest.mark.parametrize(
+    ("rows", "columns", "launches"),
+    [
+        ((64, 32, 32), 128, 1),  # one program or two each
+        ((8, 4, 7), 1024, 1),  # the last ends within a program
+        ((4, 2, 6), 4096, 1),  # rows as long as a program
+        ((32, 64), 128, 1),
+        ((33, 32), 128, 2),  # the first ends within a program
+        ((32, 32, 32, 32), 128, 4),  # more than the kernel takes
+    ],
+)
+def test_weights_below_each_other(rows, columns, launches, extra, nested, monkeypatch):
+    """q, k and v, or gate and up: each with its own scales and offset, in one launch where they fit."""
+    pairs = [quantised((count, columns), nested=nested, seed=index + 1) for index, count in enumerate(rows)]
+    weights = [weight for weight, _ in pairs]
+    assert not nested or len({float(weight.offset) for weight in weights}) == len(rows)
+    expected = torch.cat([truth(parameter, torch.bfloat16) for _, parameter in pairs])
+    made, launch = [], nf4._launch
+    monkeypatch.setattr(nf4, "_launch", lambda some, out: (made.append(len(some)), launch(some, out)))
+    buffer = torch.full((sum(rows) + 1, columns + extra), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    out = kernel(weights, torch.bfloat16, out=buffer[:-1, :columns])
+    assert same_bits(out.contiguous(), expected) and len(made) == launches and sum(made) == len(rows)
+    assert buffer[-1].isnan().all() and buffer[:, columns:].isnan().all()
+    assert not same_bits(kernel([weights[1], weights[0], *weights[2:]], torch.bfloat16), expected), "in their order"
+    with backend.use("reference"):
+        assert same_bits(nf4.dequantise(weights, torch.bfloat16), expected)
+
+
+def test_weights_of_two_formats_below_each_other():
+    pairs = [quantised((32, 128)), quantised((32, 128), nested=False), quantised((32, 128), blocksize=128)]
+    expected = torch.cat([truth(parameter, torch.float16) for _, parameter in pairs])
+    assert same_bits(kernel([weight for weight, _ in pairs], torch.float16), expected)
+
+
 def test_plain_path_writes_into_strided_rows():
     q, parameter = quantised((7, 217))
     buffer = torch.full((7, 220), float("nan"), device=DEVICE)
@@ -156,6 +192,8 @@ def test_refusals():
         nf4.dequantise(q, torch.bfloat16, out=torch.empty(4, 64))
     with pytest.raises(ValueError, match="last dimension must be contiguous"):
         nf4.dequantise(q, torch.float32, out=torch.empty(64, 4).t())
+    with pytest.raises(ValueError, match=r"weights of \[64, 96\] columns"):
+        nf4.dequantise([q, quantised((4, 96))[0]], torch.float32)
     with pytest.raises(ValueError, match="not quantised"):
         nf4.from_bnb(torch.nn.Parameter(torch.zeros(4, 4)))
     with pytest.raises(ValueError, match="repacked"):
@@ -175,6 +213,22 @@ def test_real_shapes(shape, kind):
                 buffer = torch.full((shape[0], shape[1] + extra), float("nan"), dtype=dtype, device=DEVICE)
                 assert torch.equal(kernel(q, dtype, out=buffer[:, : shape[1]]), expected)
                 assert buffer[:, shape[1] :].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "columns"), [((3584, 512, 512), 3584), ((4096, 4096, 4096), 4096), ((4864, 4864), 896)]
+)
+def test_real_groups(rows, columns):
+    pairs = [quantised((count, columns), seed=index + 1) for index, count in enumerate(rows)]
+    weights = [weight for weight, _ in pairs]
+    assert nf4._in_one_launch(weights)
+    states = [copy_as(parameter.quant_state, torch.bfloat16) for _, parameter in pairs]
+    each = [bnb.dequantize_4bit(parameter.data, state) for (_, parameter), state in zip(pairs, states, strict=True)]
+    for extra in (0, 64, 192):
+        buffer = torch.full((sum(rows), columns + extra), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        assert torch.equal(kernel(weights, torch.bfloat16, out=buffer[:, :columns]), torch.cat(each))
+        assert buffer[:, columns:].isnan().all()
 
 
 def copy_as(state, dtype):
