@@ -10,8 +10,10 @@ from being reused inside a graph capture.
 from __future__ import annotations
 
 import mmap
-import weakref
 from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -52,24 +54,61 @@ class Ticket(NamedTuple):
     shape: torch.Size
 
 
-def _release(memory: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+class _Pages(mmap.mmap):
+    """Anonymous memory; what the driver has locked of it is let go before it goes."""
+
+    unlock: Callable[[], object] | None = None
+
+    def __del__(self) -> None:
+        if self.unlock is not None:
+            self.unlock()
 
 
-def pinned(owner: object, size: int) -> torch.Tensor:
-    """(size,) uint8, page-locked as long as `owner` lives.
+def pinned(size: int) -> torch.Tensor:
+    """(size,) uint8, page-locked as long as it lives.
 
-    torch's own allocator has the driver touch page after page (8 s for the 9 GB of a 7B's batch, 16 cores), and
-    rounds up to a power of two. Here all threads touch the pages, large ones, and the driver locks them then.
+    torch's own allocator has the driver touch page after page and rounds up to a power of two. Here all threads touch
+    the pages, and the driver locks them then. Large pages need memory that is private to the process, and a fork must
+    not come between it and the device: no child gets it.
     """
-    pages = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            pages.madvise(getattr(mmap, advice))
     memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()
-    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)):  # type: ignore[no-untyped-call]
+    driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(driver.cudaHostRegister(memory.data_ptr(), size, 0)):
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    weakref.finalize(owner, _release, memory)
+    # Bound now: as the interpreter ends, the last memory goes after the names of modules.
+    pages.unlock = partial(driver.cudaHostUnregister, memory.data_ptr())
     return memory
+
+
+ALIGNMENT = 256
+"""Bytes; where one tensor begins behind another."""
+
+
+class Homes(NamedTuple):
+    """Pinned places for tensors, side by side in one block."""
+
+    block: torch.Tensor
+    places: list[torch.Tensor]
+    """Each of its tensor's dtype and shape, contiguous."""
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Homes:
+        """Places as large as `tensors`; nothing is copied."""
+        begins = list(accumulate((-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors), initial=0))
+        block = pinned(begins[-1])
+        parts = [block[begin : begin + t.nbytes] for begin, t in zip(begins[:-1], tensors, strict=True)]
+        return cls(block, [part.view(t.dtype).view(t.shape) for part, t in zip(parts, tensors, strict=True)])
+
+
+LAG = 3
+"""Layers whose copies to the host may be under way when a forward goes on to the next: gate and up of a GQA model take
+the bus as long as two to three layers take. `memory.peak` counts them."""
+FETCHED_EARLY = frozenset({"gate_up"})
+"""What comes back from two layers below, by name."""
 
 
 class HostStore:
@@ -102,9 +141,9 @@ class HostStore:
         return ticket
 
     def let_go(self, index: int) -> None:
-        """Called at the end of every layer's forward: what layers before the last two put here is out by now, or is
+        """Called at the end of every layer's forward: what layers before the last LAG put here is out by now, or is
         waited for, and its memory free."""
-        while self._leaving and self._leaving[0].layer < index - 1:
+        while self._leaving and self._leaving[0].layer <= index - LAG:
             self._leaving.popleft().wait()
 
     def _buffer(self, ticket: Ticket, dtype: torch.dtype) -> torch.Tensor:
@@ -114,7 +153,7 @@ class HostStore:
         if flat is None or flat.dtype != dtype or len(flat) < size:
             if flat is not None:
                 self._outgrown.append(flat)  # a captured graph may still copy to its address
-            flat = self._buffers[key] = pinned(self, size * dtype.itemsize).view(dtype)
+            flat = self._buffers[key] = pinned(size * dtype.itemsize).view(dtype)
         return flat[:size].view(ticket.shape)
 
     def take(self, ticket: Ticket) -> torch.Tensor:
@@ -132,12 +171,14 @@ class HostStore:
         return arrived.tensor
 
     def fetch_below(self, layer: int) -> None:
-        """Starts the way back of what the layer below `layer` put here, while `layer` is in its backward."""
+        """Starts the way back of what the layer below `layer` put here, while `layer` is in its backward, and then of
+        what is large and two layers below: it may take the bus longer than one layer takes."""
         while self._leaving:  # out by now; held on, they would add to the backward's peak
             self._leaving.popleft().wait()
-        for below in self._tickets.get(layer - 1, {}).values():
-            if below not in self._arriving:
-                self._arriving[below] = self._fetch(below)
+        below, further = (self._tickets.get(layer - distance, {}) for distance in (1, 2))
+        for ticket in (*below.values(), *(ticket for name, ticket in further.items() if name in FETCHED_EARLY)):
+            if ticket not in self._arriving:
+                self._arriving[ticket] = self._fetch(ticket)
 
     def _fetch(self, ticket: Ticket) -> Copied:
         assert self._stream is not None

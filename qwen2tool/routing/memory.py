@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
+from qwen2tool.routing.host import LAG
 from qwen2tool.routing.layer import Keep
 from qwen2tool.routing.sizes import COPIES, PRODUCTS, Sizes
 
@@ -25,6 +26,9 @@ WORKSPACES = 80_000_000
 """What libraries hold on a GPU beside it: cuBLAS 34 MB for the one thread that launches, cuDNN the rest."""
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 """Logits at a time to choose from."""
+SPARED = (0, 2, 4)
+"""The last so many layers have no gate and up on the host: where the backward begins memory is scarcest, and what comes
+back for them would have to be there then."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def _most(sizes: Sizes, plan: MemoryPlan, budget: int) -> float:
     rates = [sizes.attention_products / sizes.attention, sizes.mlp_products / sizes.mlp]
     if sizes.packed and sizes.adapted:
         rates.append(sizes.unpacking_always / sizes.unpacked)
-    return plan.saved + max(rates) * (budget - plan.estimate + sizes.attention + 2 * sizes.mlp)
+    return plan.saved + max(rates) * (budget - plan.estimate + sizes.attention + LAG * sizes.mlp)
 
 
 def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[MemoryPlan]:
@@ -135,17 +139,21 @@ def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[Memo
         for host_inputs in (0, sizes.layers - 1) if host and recompute != "none" and sizes.layers > 1 else (0,):
             shares = (0.0, sizes.gate_up_share) if host_inputs and recompute == "auto" else (0.0,)
             for share in shares:
-                for weights, frugal, tails, rows in product(away, (False, True), (True, False), CHUNKS):
+                spared = [count for count in SPARED if count < host_inputs] if share else [0]
+                for last, weights, frugal, tails, rows in product(spared, away, (False, True), (True, False), CHUNKS):
                     bare = MemoryPlan(
                         (), host_inputs, host_embedding=host_embedding, head_rows=rows, frugal=frugal, tails=tails,
                         host_weights=weights,
                     )  # fmt: skip
-                    yield _plan(sizes, level, share, bare)
+                    yield _plan(sizes, level, share, last, bare)
 
 
-def _plan(sizes: Sizes, level: Keep, share: float, bare: MemoryPlan) -> MemoryPlan:
-    """`bare` with layers that keep `level`; a `share` of those whose inputs are on the host have gate and up there."""
-    chosen = frozenset(i for i in range(bare.host_inputs) if int((i + 1) * share) > int(i * share))
+def _plan(sizes: Sizes, level: Keep, share: float, last: int, bare: MemoryPlan) -> MemoryPlan:
+    """`bare` with layers that keep `level`; a `share` of those whose inputs are on the host have gate and up there, but
+    none of the `last`."""
+    reach = bare.host_inputs - last
+    share = min(share * bare.host_inputs / max(reach, 1), 1.0)
+    chosen = frozenset(i for i in range(reach) if int((i + 1) * share) > int(i * share))
     keep: tuple[Keep, ...] = tuple("mlp" if i in chosen else level for i in range(sizes.layers))
     # Reading embeddings over the bus costs a little; it breaks ties. What goes to the host and comes back takes device
     # memory's time from kernels that need it: counted twice, for they wait for each other.
@@ -176,23 +184,23 @@ def peak(sizes: Sizes, plan: MemoryPlan) -> int:
         + (mlp if level in ("mlp", "all") and index not in plan.host_gate_up else 0)
         for index, level in enumerate(plan.keep)
     ]
-    leaving = [mlp if index in plan.host_gate_up else 0 for index in range(sizes.layers)]
     # Gate and up, kept or recomputed, are gone when attention's turn comes.
     in_mlp = sizes.mlp_backward + sizes.mlp_backward_weights(plan.frugal) + mlp
     in_layer = tails + attention + max(in_mlp, sizes.attention_backward)
     in_forward = sizes.forward
     below, highest = 0, 0
-    for index in range(sizes.layers):
-        # Forward: its own input, with the host those of two layers that are on their way there.
-        inputs = min(index + 1, 3) if plan.host_inputs else index + 1
-        forward = inputs * x + sum(leaving[max(index - 2, 0) : index]) + in_forward
-        # Backward: its own input, with the host the one of the layer below, on its way back.
-        inputs = min(index + 1, 2) if plan.host_inputs else index + 1
-        backward = inputs * x + (leaving[index - 1] if index else 0) + in_layer
+    moving = [0] * LAG + [mlp if index in plan.host_gate_up else 0 for index in range(sizes.layers)]
+    for index, own in enumerate(kept):
+        # Forward: its own input, with the host those of layers that are on their way there.
+        inputs = min(index, LAG) + 1 if plan.host_inputs else index + 1
+        forward = inputs * x + sum(moving[index : index + LAG]) + in_forward
+        # Backward: its own, with the host the one of the layer below, and gates and ups of two, on their way back.
+        inputs = min(index, 1) + 1 if plan.host_inputs else index + 1
+        backward = inputs * x + sum(moving[index + LAG - 2 : index + LAG]) + in_layer
         highest = max(highest, below + forward, below + backward)
-        below += kept[index]
-    inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers
-    at_head = inputs * x + sum(leaving[-2:]) + sizes.head(plan.head_rows or 1024)
+        below += own
+    inputs = min(sizes.layers, LAG + 1) if plan.host_inputs else sizes.layers
+    at_head = inputs * x + sum(moving[-LAG:]) + sizes.head(plan.head_rows or 1024)
     return WORKSPACES + static + max(highest, below + at_head)
 
 

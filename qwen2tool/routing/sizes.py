@@ -4,6 +4,7 @@ device."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,12 +64,12 @@ class Sizes:
     repeated_kv: bool = False
     adapted: frozenset[str] = GROUPS
 
-    @property
+    @cached_property
     def input(self) -> int:
         """Bytes of one layer's input."""
         return self.tokens * self.hidden * (self.stream_itemsize or self.itemsize)
 
-    @property
+    @cached_property
     def tails(self) -> int:
         """Bytes of drop(x) A^T of one layer's seven linears, kept on the device."""
         return self.tokens * 7 * self.rank_columns * self.itemsize
@@ -80,7 +81,7 @@ class Sizes:
         inputs = (2 * self.hidden + self.query_columns + self.intermediate) * self.itemsize
         return (self.tokens * inputs * (1 + self.masked) / COPIES + 4 * 5e-6) * PRODUCTS
 
-    @property
+    @cached_property
     def attention(self) -> int:
         """Bytes that the level "attention" adds to one layer."""
         columns = 2 * self.query_columns + 2 * self.kv_columns + self._repeated
@@ -90,7 +91,7 @@ class Sizes:
     def _repeated(self) -> int:
         return 2 * self.query_columns if self.repeated_kv else 0
 
-    @property
+    @cached_property
     def mlp(self) -> int:
         """Bytes that the level "all" adds to "attention"."""
         return self.tokens * (2 * self.intermediate + 2 * self.rank_columns) * self.itemsize
@@ -132,14 +133,14 @@ class Sizes:
             return 0.0
         return max(packed / self.bus - forward, 0.0) + max(back / self.bus - 1.8 * forward, 0.0)
 
-    @property
+    @cached_property
     def mlp_backward(self) -> int:
         """Of one layer: the gradient of its output, in which that of h will stand; silu(gate) up or its gradient; two
         rows of H."""
         rows = self.intermediate + 2 * self.hidden
         return self.tokens * rows * self.itemsize + self.input + self._masks(5 * self.hidden + self.intermediate)
 
-    @property
+    @cached_property
     def attention_backward(self) -> int:
         """Of one layer: that gradient, a row of H, the gradient of attention's output, those of q, k and v as attention
         gives them and as the product takes them, dQ's fp32 sums; q, k, v and o unpacked."""
@@ -159,7 +160,7 @@ class Sizes:
         held = [self._weights[name] for name in ("qkv", "gate_up", "down")]
         return (max(held[:2]) if frugal else sum(held)) * self.itemsize
 
-    @property
+    @cached_property
     def _weights(self) -> dict[str, int]:
         """Numbers of M, [W | s B; A], of each group (`kernels.group`)."""
         h, i, q = self.hidden, self.intermediate, self.query_columns
@@ -175,7 +176,7 @@ class Sizes:
             "down": numbers(h, i, 1),
         }
 
-    @property
+    @cached_property
     def forward(self) -> int:
         """Peak of one layer's forward above what layers keep, beside its input: at down_proj, where all lives on."""
         inner = self.tokens * (self.intermediate + self.rank_columns)
@@ -193,7 +194,7 @@ class Sizes:
         """What forward and backward of one layer spend on unpacking what has adapters, counted likewise."""
         return 2 * sum(self._weights[name] for name in self.adapted) * 2.5 / COPIES * PRODUCTS
 
-    @property
+    @cached_property
     def unpacked(self) -> int:
         """Bytes of one layer's linears unpacked that have adapters, with these behind them."""
         return sum(self._weights[name] for name in self.adapted) * self.itemsize

@@ -23,17 +23,14 @@ from torch import nn
 from qwen2tool.kernels.group import Group
 from qwen2tool.kernels.nf4 import Quantised
 from qwen2tool.routing.examine import LayerSpec
-from qwen2tool.routing.host import Copied, pinned
-
-ALIGNMENT = 256
-"""Bytes; where one weight begins behind another."""
+from qwen2tool.routing.host import Copied, Homes
 
 
 class HostWeights:
     """Pinned blocks, one a layer, fixed in place and never written to again, so that a captured graph may read them."""
 
     def __init__(self) -> None:
-        self._blocks: dict[int, torch.Tensor] = {}
+        self._homes: dict[int, Homes] = {}
         self._weights: dict[int, list[nn.Parameter]] = {}
         self.device: torch.device | None = None
         """Where weights came from; None: nothing was ever moved."""
@@ -53,14 +50,12 @@ class HostWeights:
             weights = self._weights[index]
             if not any(map(_on_device, weights)):
                 continue
-            offsets = _offsets([_size(weight) for weight in weights])
-            if index not in self._blocks:
-                self._blocks[index] = pinned(self, offsets[-1])
-            for weight, offset in zip(weights, offsets[:-1], strict=True):
+            if index not in self._homes:
+                self._homes[index] = Homes.of(weights)
+            for weight, place in zip(weights, self._homes[index].places, strict=True):
                 if _on_device(weight) and not self._waits(index, weight):
-                    home = self._blocks[index][offset : offset + _size(weight)].view(weight.dtype).view(weight.shape)
-                    home.copy_(weight.data)
-                    self.device, weight.data = weight.device, home
+                    place.copy_(weight.data)
+                    self.device, weight.data = weight.device, place
 
     def restore(self, index: int | None = None) -> None:
         """Puts those of layer `index`, or of all layers, back where their scales are."""
@@ -72,7 +67,7 @@ class HostWeights:
 
     def make_places(self) -> None:
         """Takes the memory of two layers' weights for good; the first fetch does so where nobody has before."""
-        largest = max((len(block) for block in self._blocks.values()), default=0)
+        largest = max((len(home.block) for home in self._homes.values()), default=0)
         if largest > (len(self._places[0]) if self._places else 0):
             self._places = [torch.empty(largest, dtype=torch.uint8, device=self.device) for _ in range(2)]
 
@@ -95,7 +90,7 @@ class HostWeights:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         for early in [other for other in self._coming if other % 2 == index % 2]:
             del self._coming[early]  # a backward that ended early left it in this place
-        block = self._blocks[index]
+        block = self._homes[index].block
         self._coming[index] = Copied.start(self._stream, index, self._places[index % 2][: len(block)], block)
 
     def bring(self, spec: LayerSpec) -> LayerSpec:
@@ -105,7 +100,7 @@ class HostWeights:
         if copied is None:
             return spec
         copied.wait()
-        begin, there = self._blocks[spec.index].data_ptr(), copied.tensor
+        begin, there = self._homes[spec.index].block.data_ptr(), copied.tensor
 
         def moved(group: Group) -> Group:
             projections = []
@@ -122,8 +117,8 @@ class HostWeights:
 
     def _waits(self, index: int, weight: torch.Tensor) -> bool:
         """Whether `weight` lies in the block of layer `index`."""
-        block = self._blocks.get(index)
-        return block is not None and 0 <= weight.data_ptr() - block.data_ptr() < len(block)
+        home = self._homes.get(index)
+        return home is not None and 0 <= weight.data_ptr() - home.block.data_ptr() < len(home.block)
 
 
 def _packed(spec: LayerSpec) -> Iterator[Quantised]:
@@ -139,15 +134,3 @@ def _quantised(layer: nn.Module) -> list[nn.Parameter]:
 
 def _on_device(weight: torch.Tensor) -> bool:
     return weight.is_cuda
-
-
-def _size(weight: torch.Tensor) -> int:
-    return weight.numel() * weight.element_size()
-
-
-def _offsets(sizes: list[int]) -> list[int]:
-    """Where each begins, and where the last one ends."""
-    found = [0]
-    for size in sizes:
-        found.append(found[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    return found

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from qwen2tool.kernels.attention import repeats_kv
+from qwen2tool.routing.host import Homes
 from qwen2tool.routing.memory import WORKSPACES, MemoryPlan, Recompute, plan_memory
 from qwen2tool.routing.plan import RoutePlan, find_stack, plan_routes
 from qwen2tool.routing.sizes import PRODUCTS, Sizes, may_wait_on_host, measure, stream_dtype
@@ -38,7 +39,7 @@ def embedding_to_host(model: Any) -> None:
     """
     table = model.get_input_embeddings().weight
     if table.is_cuda and may_wait_on_host(model):
-        table.data = table.data.cpu().pin_memory()
+        _move([table])
         torch.cuda.empty_cache()
 
 
@@ -75,11 +76,16 @@ def compact(model: Any, device: torch.device) -> None:
     scales = [getattr(state, name, None) for state in (*states, *nested) for name in ("absmax", "code", "offset")]
     found = {id(t): t for t in (*model.parameters(), *model.buffers(), *scales) if torch.is_tensor(t)}
     tensors = [tensor for tensor in found.values() if tensor.device == device]
-    for tensor in tensors:
-        tensor.data = tensor.data.to("cpu", copy=True)
+    _move(tensors)
     torch.cuda.empty_cache()
     for tensor in tensors:
         tensor.data = tensor.data.to(device, copy=True)
+
+
+def _move(tensors: Sequence[torch.Tensor]) -> None:
+    """Moves `tensors` into pinned memory; they stay the objects that they are."""
+    for tensor, place in zip(tensors, Homes.of(tensors).places, strict=True):
+        tensor.data = place.copy_(tensor.data)
 
 
 class Shared(NamedTuple):

@@ -66,6 +66,23 @@ def test_two_of_a_layer_and_other_shapes():
         assert same_bits(store.take(first[1]), wide.contiguous()) and same_bits(store.take(first[0]), x)
 
 
+def test_what_is_under_way():
+    """Out: what the last three layers put here. Back: what the layer below did, and what is large of the one below."""
+    store, x = HostStore(), torch.randn(64, 32, device="cuda")
+    for index in range(LAYERS):
+        tickets = [store.put(index, name, x + index) for name in ("x", "gate_up")]
+        store.let_go(index)
+        assert {copied.layer for copied in store._leaving} == set(range(max(index - 2, 0), index + 1))
+    store.take(tickets[0])
+    coming = {(3, "x"), (3, "gate_up"), (2, "gate_up")}
+    for layer, more in ((4, coming), (3, {(2, "x"), (1, "gate_up")}), (2, {(1, "x"), (0, "gate_up")}), (1, {(0, "x")})):
+        before = {(ticket.layer, ticket.name) for ticket in store._arriving}
+        store.fetch_below(layer)
+        assert not store._leaving and {(t.layer, t.name) for t in store._arriving} - before == more
+    for ticket in list(store._arriving):
+        assert same_bits(store.take(ticket), x + ticket.layer)
+
+
 def test_a_second_pass_before_the_backward_of_the_first_is_refused():
     store = HostStore()
     x = torch.randn(8, 4, device="cuda")

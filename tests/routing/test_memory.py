@@ -185,16 +185,16 @@ def at_every_moment(sizes, plan):
         return n * sum(columns) // 8 if sizes.masked else 0
 
     for at in layers:  # forward: q, k, v, attention, h, gate, up, silu(gate) up, y
-        inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 2)]
-        leaving = [layer for layer in (at - 1, at - 2) if layer >= 0 and away[layer]]
+        inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 3)]
+        leaving = [layer for layer in (at - 1, at - 2, at - 3) if layer >= 0 and away[layer]]
         work = attention + gate_up + n * (i + sizes.rank_columns) * s + x + down * s + masks(i)
         moments.append(sum(map(kept, range(at))) + len(inputs) * x + len(leaving) * gate_up + work)
-    inputs = min(sizes.layers, 3) if plan.host_inputs else sizes.layers
+    inputs = min(sizes.layers, 4) if plan.host_inputs else sizes.layers
     logits = (plan.head_rows or 1024) * sizes.vocabulary * (4 + s) if s == 2 else plan.head_rows * sizes.vocabulary * 6
-    moments.append(sum(map(kept, layers)) + (inputs + 3) * x + sum(away[-2:]) * gate_up + logits)
+    moments.append(sum(map(kept, layers)) + (inputs + 3) * x + sum(away[-3:]) * gate_up + logits)
     for at in layers:  # backward: dy or dh, what is not kept, silu(gate) up in its gradient's place, two rows of H
         inputs = [layer for layer in layers if layer <= at and not (plan.host_inputs and layer < at - 1)]
-        arriving = gate_up if at and away[at - 1] else 0
+        arriving = gate_up * sum(away[layer] for layer in (at - 1, at - 2) if layer >= 0)
         there = sum(map(kept, range(at))) + len(inputs) * x + tails + attention + arriving + x
         moments.append(there + weights + gate_up + n * (i + 2 * h) * s + masks(3 * h, 2 * h, i))
         # then attention's: d_output, dq dk dv, [dq | dk | dv], fp32 dq

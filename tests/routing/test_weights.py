@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import qwen2tool.routing.weights as weights
+from qwen2tool.routing import host
 from qwen2tool.routing.host import Copied
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
@@ -72,7 +73,7 @@ def journal(monkeypatch):
     monkeypatch.setattr(Copied, "start", start)
     monkeypatch.setattr(Copied, "wait", lambda copied: found.append(("wait", copied.layer)))
     monkeypatch.setattr(weights, "_on_device", lambda weight: True)
-    monkeypatch.setattr(weights, "pinned", lambda owner, size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(host, "pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
     return found
 
 
@@ -196,12 +197,12 @@ def test_a_part_of_a_layer_that_is_back_returns_to_its_own_place(journal):
     route(model, memory=AWAY)
     wanted = results(model)
     stack, _ = find_stack(model)
-    block = stack.host_weights._blocks[2].clone()
+    block = stack.host_weights._homes[2].block.clone()
     for weight in weights._quantised(stack.layers[2].mlp):
         weight.data = weight.data.clone()
     assert away(model) == [1, 3] and same(results(model), wanted), "half of it from the block, half from where it is"
     stack.settle()
-    assert away(model) == [1, 2, 3] and torch.equal(stack.host_weights._blocks[2], block)
+    assert away(model) == [1, 2, 3] and torch.equal(stack.host_weights._homes[2].block, block)
     assert same(results(model), wanted)
 
 
@@ -240,9 +241,9 @@ def test_what_belongs_to_a_device_is_not_pickled(journal):
     route(model, memory=AWAY)
     results(model)
     stack, _ = find_stack(model)
-    assert stack.host_weights._blocks
+    assert stack.host_weights._homes
     loaded = pickle.loads(pickle.dumps(stack.host_weights))
-    assert not loaded._blocks and not pickle.loads(pickle.dumps(stack._host))._buffers
+    assert not loaded._homes and not pickle.loads(pickle.dumps(stack._host))._buffers
 
 
 def test_a_cpu_keeps_its_weights():
@@ -253,8 +254,3 @@ def test_a_cpu_keeps_its_weights():
     unroute(model)
     route(model, memory=AWAY)
     assert away(model) == [] and same(results(model), wanted) and len(wanted) == 1 + LAYERS * 7 * 2
-
-
-def test_where_weights_lie_in_their_block():
-    assert weights._offsets([]) == [0]
-    assert weights._offsets([256, 1, 300]) == [0, 256, 512, 1024], "each at a multiple of 256"

@@ -1,0 +1,94 @@
+"""Memory that is locked for the device, on a CPU that has a driver of its own making."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen2tool.routing import host
+from qwen2tool.routing.host import Homes, pinned
+
+SIZE = 8 << 20
+SMAPS = Path("/proc/self/smaps")
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """What is locked, by address; unlocking reads a byte of it, which ends the process where the memory is gone."""
+    locked = {}
+
+    def register(address, size, flags):
+        assert flags == 0
+        locked[address] = size
+        return 0
+
+    def unregister(address):
+        assert ctypes.string_at(address, 1) == b"\x07"
+        del locked[address]
+
+    fake = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    return locked
+
+
+def test_locked_as_long_as_any_view_lives(driver):
+    memory = pinned(SIZE)
+    assert len(memory) == SIZE and not memory.any() and driver == {memory.data_ptr(): SIZE}
+    part = memory.fill_(7)[100:108].view(torch.float32)
+    del memory
+    gc.collect()
+    assert len(driver) == 1
+    del part
+    gc.collect()
+    assert not driver
+
+
+def test_memory_that_was_never_locked_is_not_unlocked(driver, monkeypatch):
+    spare = torch.zeros(SIZE, dtype=torch.uint8)
+    refuses = SimpleNamespace(cudaHostRegister=lambda *_: 712, cudaHostUnregister=lambda _: pytest.fail("not locked"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: spare[:size])
+    assert pinned(SIZE).data_ptr() == spare.data_ptr(), "torch's own, where the driver refuses ours"
+    gc.collect()
+
+
+def flags_and_large_pages(address):
+    """Of the mapping that `address` is in: VmFlags, and kB in large pages."""
+    inside, found = False, {}
+    for line in SMAPS.read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside:
+            name, _, value = line.partition(":")
+            found[name] = value.split()
+    return found["VmFlags"], int(found["AnonHugePages"][0])
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="Linux tells of its mappings")
+def test_no_child_gets_it_and_pages_are_large(driver):
+    """Shared memory would be in small pages: 0.4 s for 2 GB instead of hundredths."""
+    memory = pinned(SIZE).fill_(7)
+    flags, large = flags_and_large_pages(memory.data_ptr() + SIZE // 2)
+    assert "sh" not in flags and "dc" in flags, "private, and not copied by a fork"
+    if LARGE_PAGES.exists() and "[never]" not in LARGE_PAGES.read_text():
+        assert "hg" in flags and large >= SIZE // 4 // 1024, f"{large} kB"
+
+
+def test_homes_stand_side_by_side(monkeypatch):
+    monkeypatch.setattr(host, "pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
+    bytes_ = [torch.zeros(count, dtype=torch.uint8) for count in (256, 1)]
+    tensors = [*bytes_, torch.zeros(3, 25), torch.ones(2)]
+    block, places = Homes.of(tensors)
+    assert [place.data_ptr() - block.data_ptr() for place in places] == [0, 256, 512, 1024], "at multiples of 256"
+    assert len(block) == 1280
+    assert [(place.dtype, place.shape) for place in places] == [(x.dtype, x.shape) for x in tensors]
+    for place, x in zip(places, tensors, strict=True):
+        assert torch.equal(place.copy_(x), x)
