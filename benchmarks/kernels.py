@@ -26,7 +26,7 @@ sys.path[:] = [str(ROOT), str(ROOT / "scripts"), *(entry for entry in sys.path i
 
 import torch  # noqa: E402
 from common import write_result  # noqa: E402
-from readme_tables import kernel_table  # noqa: E402
+from speed_tables import kernel_table  # noqa: E402
 
 from benchmarks import ceilings  # noqa: E402
 from benchmarks import kernel_cases as simple  # noqa: E402

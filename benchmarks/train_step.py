@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from common import environment, machine, run_script, write_result  # noqa: E402
-from readme_tables import speed_table  # noqa: E402
+from speed_tables import speed_table  # noqa: E402
 
 from benchmarks.ceilings import floor  # noqa: E402
 from benchmarks.processes import Ahead, Process  # noqa: E402

@@ -13,7 +13,8 @@ earlier weight. Blocks run over the flat tensor, so a row may end inside one.
 bitsandbytes launches three kernels (absmax, offset, weights) and returns a tensor of its own; here it is one, written
 straight into rows of any stride, such as the first K columns of a (O, K + r) buffer that goes on as [W | B]. Weights
 that stand one below the other there (q, k and v, or gate and up) come in one launch: a launch begins and ends with
-multiprocessors idle, and an H200 moves the 113 MB of one gate in little more time than that takes.
+multiprocessors idle. An H200 unpacks one gate of a 7B (113 MB) at 81 % of the rate of a 2 GB copy, gate and up at 87 %;
+a copy of as many bytes reaches 80 and 89 %.
 
 Cost: 0.5 bytes read a weight (and 1/blocksize for the scale) and 2 written for 16-bit outputs, so 2.5 bytes where a
 copy of the result moves 4. An H200 can issue 18 instructions a weight in that time (132 multiprocessors, 1.755 GHz,

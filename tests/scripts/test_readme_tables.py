@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import measured  # noqa: E402
 import readme_tables  # noqa: E402
+import speed_tables  # noqa: E402
 
 MADE_BY = {
     "command": "python benchmarks/train_step.py --settings seed", "commit": "abc",
@@ -24,8 +26,9 @@ SETTING = {
     "ceilings": {"copy_bytes_per_s": 2.98e12, "flops_per_s": 771e12},
     "peers": {
         "ours": {"ms": 1600.4, "micro_batch_ms": 100.0, "memory_gb": {"peak_allocated": 9.44}, "floor_fraction": 0.714,
-                 "times_unsloth": 3.98},
-        "unsloth": {"ms": 6370.0, "micro_batch_ms": 398.1, "memory_gb": {"peak_allocated": 8.78}},
+                 "times_unsloth": 3.98, "losses": [14.0, 13.0, 12.5]},
+        "unsloth": {"ms": 6370.0, "micro_batch_ms": 398.1, "memory_gb": {"peak_allocated": 8.78},
+                    "losses": [14.001, 12.98, 12.51]},
         "hf_kbit": {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate"},
     },
     "runs": [
@@ -49,7 +52,7 @@ KERNELS = {
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
     return tmp_path
 
 
@@ -60,12 +63,12 @@ def test_before_the_first_measurement(results, name):
 
 def test_speed_table(results):
     (results / "train_step.json").write_text(json.dumps({"seed": SETTING}))
-    assert readme_tables.speed().splitlines() == [
-        "|  | qwen2tool | Unsloth | HF + PEFT, kbit | times Unsloth | of the floor |",
-        "| --- | --- | --- | --- | --- | --- |",
+    assert speed_tables.speed().splitlines() == [
+        "|  | qwen2tool | Unsloth | HF + PEFT, kbit | times Unsloth | of the floor | losses apart |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         "| seed: qwen1.5-7b, 16 x 1 x 1024, nf4, r 64, dropout 0.05 | 1,600 ms, 9.4 GB | 6,370 ms, 8.8 GB |"
-        " OutOfMemoryError | 3.98x | 71% |",
-        "| seed: one micro-batch of it | 100 ms, 9.4 GB | 398 ms, 8.8 GB | OutOfMemoryError | 3.98x | 71% |",
+        " OutOfMemoryError | 3.98x | 71% | 0.020 |",
+        "| seed: one micro-batch of it | 100 ms, 9.4 GB | 398 ms, 8.8 GB | OutOfMemoryError | 3.98x | 71% | 0.020 |",
         "",
         "`python benchmarks/train_step.py --settings seed` at abc; H100; torch 2.11, transformers 5.17, peft 0.21,"
         " bitsandbytes 0.50. Unsloth 2026.10.9; copy 2.98 TB/s, products 771 TFLOP/s.",
@@ -76,27 +79,37 @@ def test_settings_without_ours_or_accumulation_and_with_a_budget():
     part = deepcopy(SETTING) | {"accumulation": 1, "quantize": "none", "layers": 4}
     part |= {"budget_gb": 42.0, "recompute": "none"}
     part["peers"]["ours"] = {"error": "stopped after 300 s"}
-    rows = readme_tables.speed_table({"seed": SETTING, "big": part}).splitlines()
+    rows = speed_tables.speed_table({"seed": SETTING, "big": part}).splitlines()
     assert len(rows) == 5
     assert rows[-1] == (
         "| big: qwen1.5-7b, 4 layers, 1 x 1024, 16 bit, r 64, dropout 0.05, 42 GB, no checkpointing |"
-        " stopped after 300 s | 6,370 ms, 8.8 GB | OutOfMemoryError | - | - |"
+        " stopped after 300 s | 6,370 ms, 8.8 GB | OutOfMemoryError | - | - | - |"
     )
-    small = readme_tables.speed_table({"small": part | {"recompute": "all", "budget_gb": 5.3}}).splitlines()[-1]
+    small = speed_tables.speed_table({"small": part | {"recompute": "all", "budget_gb": 5.3}}).splitlines()[-1]
     assert "dropout 0.05, 5.3 GB |" in small
+
+
+def test_losses_are_held_against_hf_where_it_has_run():
+    part = deepcopy(SETTING)
+    part["peers"]["hf"] = {"ms": 900.0, "micro_batch_ms": 9.0, "memory_gb": {"peak_allocated": 20.0},
+                           "losses": [14.0, 13.003, 12.5]}  # fmt: skip
+    rows = speed_tables.speed_table({"seed": part}).splitlines()[2:]
+    assert len(rows) == 2 and all(row.endswith("| 0.003 |") for row in rows)
+    del part["peers"]["ours"]["losses"]
+    assert speed_tables.speed_table({"seed": part}).splitlines()[2].endswith("| - |")
 
 
 def test_measurements_of_one_call_are_named_once(results):
     (results / "train_step.json").write_text(json.dumps({"seed": SETTING, "small": SETTING}))
-    assert readme_tables.speed().count("at abc") == 1
+    assert speed_tables.speed().count("at abc") == 1
     other = SETTING | {"made_by": MADE_BY | {"commit": "def"}}
     (results / "train_step.json").write_text(json.dumps({"seed": SETTING, "small": other}))
-    assert [readme_tables.speed().count(f"at {commit}") for commit in ("abc", "def")] == [1, 1]
+    assert [speed_tables.speed().count(f"at {commit}") for commit in ("abc", "def")] == [1, 1]
 
 
 def test_kernel_table(results):
     (results / "kernels.json").write_text(json.dumps({"kernels": KERNELS}))
-    assert readme_tables.kernels().splitlines()[:6] == [
+    assert speed_tables.kernels().splitlines()[:6] == [
         "| op | shape | ours | liger | torch | products | of copy | of products |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| swiglu_forward | 8192 x 11008 | 201 us | 250 us | 513 us | - | 2,690 GB/s, 90% | - |",
