@@ -7,8 +7,8 @@ x: (N, K), W_p: (O_p, K) frozen in 16 or 32 bit or NF4/FP4, A_j: (r_j, K), B_j: 
 *Extended* form: with T_j = drop_j(x) A_j^T standing behind x, [x | T], and s_j B_j behind the rows of W_p, one product
 with K + R columns does base, LoRA and all projections at once; the backward is one product with [dy | dy s B] and
 [W; A]; both operands live in one scratch (`group.Weights`). It is exact (one accumulation, so one rounding instead of
-two) and reads x and y once. *Separate* form: W_p is used where it lies and LoRA is added in place, which costs 4 N O
-bytes; it wins for fewer tokens than columns over a 16-bit base.
+two) and reads x and y once. *Separate* form: W_p is used where it lies, LoRA is added to it in fp32, and y is rounded
+from that, which costs some 18 N O bytes; it wins for fewer tokens than columns over a 16-bit base.
 
 Adapters of any rank >= 1; R is their sum rounded up to a multiple of 8, the pad being zeros. Products accumulate in
 fp32; gradients of A and B leave in fp32 without a rounding to 16 bit in between.
@@ -47,6 +47,9 @@ def draw_bits(group: Group, tokens: int, seed: torch.Tensor | None) -> torch.Ten
         return None
     masks = len(group.adapters)
     return keep_bits(seed, group.stream, group.dropout, tokens, group.columns, masks, device=seed.device)
+
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Rows(NamedTuple):
@@ -118,10 +121,18 @@ def group_forward(
     if x.whole is not None and weights.matrix is not None:
         _product(y, x.whole, weights.matrix[: group.rows], _bias(group.projections, x.plain), accumulate)
         return y
+    # Rounded once: LoRA's part may be far below the rounding of y. Added to what is rounded already, it would be lost.
+    once = bool(group.width) and y.dtype in HALVES
     for projections, span, base in _bases(group, weights, x.plain.dtype):
-        _product(y[:, span], x.plain, base, _bias(projections, x.plain), accumulate)
-    for (_, span, columns), scaled in zip(group.blocks(), weights.scaled_b, strict=True):
-        _accumulate(y[:, span], x.tail[:, columns], scaled.T)
+        total = y[:, span]
+        if once:
+            total = total.float() if accumulate else torch.zeros_like(total, dtype=torch.float32)
+        _product(total, x.plain, base, _bias(projections, x.plain), accumulate or once)
+        for (_, rows, columns), scaled in zip(group.blocks(), weights.scaled_b, strict=True):
+            if span.start <= rows.start < span.stop:
+                _accumulate(total[:, rows.start - span.start : rows.stop - span.start], x.tail[:, columns], scaled.T)
+        if once:
+            y[:, span].copy_(total)
     return y
 
 
@@ -175,7 +186,7 @@ def _accumulate(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 def product32(a: torch.Tensor, b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """scale a b with the fp32 accumulator kept: the result is not rounded to 16 bit."""
-    if a.dtype in (torch.bfloat16, torch.float16):
+    if a.dtype in HALVES:
         if not a.is_cuda:
             return a.float() @ b.float() * scale
         nothing = torch.empty((), dtype=torch.float32, device=a.device)  # not read, as beta is 0

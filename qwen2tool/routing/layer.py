@@ -23,7 +23,6 @@ import torch
 from qwen2tool.kernels.attention import attend
 from qwen2tool.kernels.group import Group, prefers_extended
 from qwen2tool.kernels.lora import Rows, new_rows, project_back, rows_of
-from qwen2tool.kernels.nf4 import Quantised
 from qwen2tool.kernels.rmsnorm import rms_norm_backward, rms_norm_forward
 from qwen2tool.kernels.rope import rope_backward, rope_forward
 from qwen2tool.kernels.rows import copy_rows
@@ -148,11 +147,30 @@ def _qk_bias(spec: LayerSpec) -> torch.Tensor | None:
 
 
 def _o_operands(attention: _Attention, spec: LayerSpec, call: Call, tail: torch.Tensor | None = None) -> Operands:
-    """Attention's output lies where attention put it, so o_proj has the separate form."""
+    """For the backward: attention's output as it lies."""
     group, rows = spec.o, attention.output.detach().flatten(1)
-    quantised = isinstance(group.projections[0].weight, Quantised)
-    operands = Operands(group, rows.shape[0], call, extended=quantised, known=tail is not None)
+    extended = prefers_extended(group, rows.shape[0])
+    operands = Operands(group, rows.shape[0], call, extended=extended, known=tail is not None)
     operands.rows = rows_of(rows, group.width, tail)
+    return operands
+
+
+def _add_o(
+    attention: _Attention, spec: LayerSpec, call: Call, h: torch.Tensor, tail: torch.Tensor | None = None
+) -> Operands:
+    """h += o_proj(attention's output), rounded once.
+
+    In the extended form that output is copied to rows with room for T. This takes as long as LoRA's part would, added
+    to h by a product of its own, in which all that is below h's rounding would be lost: the first steps of a training.
+    """
+    operands = _o_operands(attention, spec, call, tail)
+    if operands.weights.matrix is not None and spec.o.width:
+        rows = operands.rows
+        operands.rows = new_rows(len(rows.plain), spec.o.columns, spec.o.width, operands.weights)
+        copy_rows(rows.plain, operands.rows.plain)
+        if tail is not None:
+            operands.rows.tail.copy_(tail)
+    operands.forward(residual=h, out=h)
     return operands
 
 
@@ -185,10 +203,7 @@ class _FusedLayer(torch.autograd.Function):
         attention = _attention(qkv, spec, call, centre)
         tails = [_tail(qkv, call)]
         del qkv  # as those below: unpacked weights, and rows that the backward makes again
-        o = _o_operands(attention, spec, call)
-        o.forward(residual=h, out=h)
-        tails.append(o.rows.tail if call.tails else None)
-        del o
+        tails.append(_tail(_add_o(attention, spec, call, h), call))
         y = h if keep in ("input", "mlp") else torch.empty_like(h)
         operands, _ = _norm(h, spec.norm2, spec.eps, spec.gate_up, call, copy=None if y is h else y)
         gate_up = _gate_up(operands, spec)
@@ -219,11 +234,11 @@ class _FusedLayer(torch.autograd.Function):
         ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
         need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
         attention, h = kept.attention, kept.h
-        again = torch.empty_like(x) if h is None else None
+        again = torch.empty_like(x) if attention is None else None
         operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call, tails.qkv, again)
-        if attention is None:
-            attention = _attention(operands, spec, call, ctx.centre)
-            h = _o_operands(attention, spec, call, tails.o).forward(residual=again, out=again)
+        if again is not None:
+            attention, h = _attention(operands, spec, call, ctx.centre), again
+            _add_o(attention, spec, call, h, tails.o)
         operands.fill_tail()
         operands.pause()
         gate_up, kept = _kept_gate_up(kept, spec), kept._replace(gate_up=None)

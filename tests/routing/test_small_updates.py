@@ -1,0 +1,113 @@
+"""LoRA's first steps move B by the learning rate: what that adds to an output is far below the rounding of 16 bits, and
+must come through it all the same. Rounded once, sums are as often too large as too small; added to what is rounded
+already, small terms are lost every time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import qwen2tool.routing.stack
+from qwen2tool.kernels import lora
+from qwen2tool.kernels.group import Adapter, Group, Projection, assemble
+from qwen2tool.kernels.lora import group_forward, new_rows
+from qwen2tool.routing import layer, operands
+from qwen2tool.routing.plan import find_stack
+from qwen2tool.routing.swap import route
+from tests.kernels.device import DEVICE
+from tests.kernels.test_nf4 import quantised
+from tests.routing.models import batch
+from tests.tiny import TARGETS, tiny_model
+
+TOKENS, COLUMNS, RANK, STEP = 512, 64, 8, 2e-4
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def gain(found, wanted):
+    """How much of `wanted` is in `found`: 1 is all of it."""
+    found, wanted = found.double(), wanted.double()
+    return float((found * wanted).sum() / wanted.square().sum())
+
+
+@pytest.fixture(params=[True, False], ids=["extended", "separate"])
+def extended(request, monkeypatch):
+    for module in (lora, layer, operands):
+        monkeypatch.setattr(module, "prefers_extended", lambda group, tokens: request.param)
+    return request.param
+
+
+@DTYPES
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "on a stream"])
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_of_a_group(extended, dtype, residual, kind):
+    """Two projections, one with a bias and two adapters; the stream lies on the grid of its dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    projections, outs, updates = [], (96, 64), []
+    x = randn(TOKENS, COLUMNS).to(dtype)
+    for out, count in zip(outs, (2, 1), strict=True):
+        weight = randn(out, COLUMNS).to(dtype) * COLUMNS**-0.5
+        if kind:
+            weight, _ = quantised((out, COLUMNS), kind=kind, seed=out)
+        adapters = [Adapter(randn(RANK, COLUMNS) * COLUMNS**-0.5, STEP * randn(out, RANK).sign(), 0.5)] * count
+        projections.append(Projection(weight, randn(out).to(dtype) if count == 2 else None, tuple(adapters)))
+        updates.append(sum((x.double() @ a.double().T) @ b.double().T * s for a, b, s in adapters))
+    stream = (4 * randn(TOKENS, sum(outs))).to(dtype) if residual else None
+
+    def output(some):
+        weights = assemble(some, dtype, extended=extended)
+        rows = new_rows(TOKENS, COLUMNS, some.width, weights)
+        rows.plain.copy_(x)
+        return group_forward(rows, some, weights, residual=stream).double()
+
+    without = Group(tuple(p._replace(adapters=tuple(a._replace(b=a.b * 0) for a in p.adapters)) for p in projections))
+    found = output(Group(tuple(projections))) - output(without)
+    parts = found.split(outs, 1)
+    assert all(abs(gain(part, update) - 1) < 0.15 for part, update in zip(parts, updates, strict=True))
+    base = output(without)  # the negative control: added to what is rounded already
+    lost = [
+        gain((some + update).to(dtype).double() - some, update)
+        for some, update in zip(base.split(outs, 1), updates, strict=True)
+    ]
+    assert dtype == torch.float16 or max(lost) < 0.6, lost
+
+
+def stream(dtype, kind, size, *, routed):
+    """What the last norm of a model of one layer gets; the adapters of `kind` have a B of `size`, the others zero."""
+    config = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
+    base = tiny_model(0, **config).to(DEVICE, dtype)
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS))).train()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            drawn = torch.randn(parameter.shape, generator=generator)
+            drawn = drawn * parameter.shape[1] ** -0.5 if "_A" in name else size * drawn.sign() * (kind in name)
+            parameter.data = drawn.to(DEVICE)
+    if routed:
+        route(model)
+    seen = []
+    rms_norm = qwen2tool.routing.stack.rms_norm
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        if routed:
+            patch.setattr(
+                qwen2tool.routing.stack,
+                "rms_norm",
+                lambda x, *rest, **how: (seen.append(x), rms_norm(x, *rest, **how))[1],
+            )
+        else:
+            find_stack(model)[0].norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model(input_ids=batch(8, 64).to(DEVICE), use_cache=False)
+    return seen[0].flatten(0, -2).double()
+
+
+@pytest.mark.parametrize("kind", ["o_proj", "down_proj"])
+def test_of_a_layer(extended, kind):
+    """What o and down add to the residual stream, which is far larger, against float64."""
+    truth = stream(torch.float64, kind, STEP, routed=False) - stream(torch.float64, kind, 0.0, routed=False)
+    found = stream(torch.bfloat16, kind, STEP, routed=True) - stream(torch.bfloat16, kind, 0.0, routed=True)
+    assert truth.abs().max() > 0 and abs(gain(found, truth) - 1) < 0.15
