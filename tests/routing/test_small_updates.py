@@ -79,7 +79,7 @@ def test_of_a_group(extended, dtype, residual, kind):
 
 def stream(dtype, kind, size, *, routed):
     """What the last norm of a model of one layer gets; the adapters of `kind` have a B of `size`, the others zero."""
-    config = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_hidden_layers": 1}
     base = tiny_model(0, **config).to(DEVICE, dtype)
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS))).train()
     generator = torch.Generator().manual_seed(3)
@@ -111,3 +111,17 @@ def test_of_a_layer(extended, kind):
     truth = stream(torch.float64, kind, STEP, routed=False) - stream(torch.float64, kind, 0.0, routed=False)
     found = stream(torch.bfloat16, kind, STEP, routed=True) - stream(torch.bfloat16, kind, 0.0, routed=True)
     assert truth.abs().max() > 0 and abs(gain(found, truth) - 1) < 0.15
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "on a stream"])
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_of_a_group_on_a_gpu(extended, dtype, residual, kind):
+    test_of_a_group(extended, dtype, residual, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["o_proj", "down_proj"])
+def test_of_a_layer_on_a_gpu(extended, kind):
+    test_of_a_layer(extended, kind)
