@@ -4,15 +4,15 @@
     python benchmarks/train_peer.py --peer unsloth --wait
 
 Peers: `ours` and `ours_eager` (without graph capture); `hf` (transformers, PEFT, bitsandbytes), `hf_kbit` (the same
-after PEFT's `prepare_model_for_kbit_training`, which casts norms, embedding and head to fp32), `liger` (hf on Liger's
-kernels), `unsloth`. All get the same token ids, the same A by module name with B zero, clipping at 0.3, fused AdamW in
-fp32 without weight decay. The peers run under bf16 autocast, as in their own trainers, and without a padding mask, the
-fastest way to call them. Four batches go round. A step is timed by CUDA events, the host waiting after each; the first
-`warmup` steps (compilation, capture, autotuning) are not counted. Ours makes one more pass after them, eagerly: torch
-counts what a replay works in only while it is captured, which may be before the optimizer has its state. The clock of
-`first_step_s`, the end of the first step, starts before torch and the trainer are imported and leaves out the seeding
-of A, which is this script's own; `imported_s` is when all that the peer builds on was imported, a matter of the disk
-more than of the peer.
+after PEFT's `prepare_model_for_kbit_training`, which casts norms, embedding and head to fp32), `hf_fp32` (hf without
+16 bit, no rival: its losses tell rounding from mistakes), `liger` (hf on Liger's kernels), `unsloth`. All get the same token
+ids, the same A by module name with B zero, clipping at 0.3, fused AdamW in fp32 without weight decay. The peers run
+under bf16 autocast, as in their own trainers, and without a padding mask, the fastest way to call them. Four batches go
+round. A step is timed by CUDA events, the host waiting after each; the first `warmup` steps (compilation, capture,
+autotuning) are not counted. Ours makes one more pass after them, eagerly: torch counts what a replay works in only
+while it is captured, which may be before the optimizer has its state. The clock of `first_step_s`, the end of the first
+step, starts before torch and the trainer are imported and leaves out the seeding of A, which is this script's own;
+`imported_s` is when all that the peer builds on was imported, a matter of the disk more than of the peer.
 
 With --wait the imports come first, then a line READY, then a job is read from stdin: one line, the fields of `Job` in
 JSON. The time that this takes is in no figure: the clock stands still from the end of the imports to the job's arrival.
@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent
 # The script's folder leaves the path: its kernels.py is not the `kernels` that transformers and bitsandbytes look for.
 sys.path[:] = [str(HERE.parent), *(entry for entry in sys.path if entry not in (str(HERE), str(HERE.parent)))]
 
-PEERS = ("ours", "ours_eager", "hf", "hf_kbit", "liger", "unsloth")
+PEERS = ("ours", "ours_eager", "hf", "hf_kbit", "hf_fp32", "liger", "unsloth")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "unsloth", "unsloth_zoo",
@@ -181,11 +181,12 @@ def load_hf(job: Job) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    keywords: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
+    dtype = torch.float32 if job.peer == "hf_fp32" else torch.bfloat16
+    keywords: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
     if job.quantize == "nf4":
         keywords["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
     if job.device == "cuda":
         keywords["device_map"] = {"": 0}
@@ -242,7 +243,7 @@ def autocast_step(model: Any, job: Job) -> Callable[[list[Any]], Any]:
         total = torch.zeros((), device=job.device)
         for batch in batches:
             ids = batch.to(job.device, non_blocking=True)
-            with torch.autocast(job.device, torch.bfloat16):
+            with torch.autocast(job.device, torch.bfloat16, enabled=job.peer != "hf_fp32"):
                 loss = model(input_ids=ids, labels=ids).loss / len(batches)
             loss.backward()
             total += loss.detach()

@@ -71,7 +71,7 @@ SETTINGS = {
     "seed": Setting(geometry="qwen1.5-7b", batch=1, length=1024, dropout=0.05, accumulation=16),
     "small": Setting(geometry="qwen1.5-7b", batch=1, length=1024, rank=8, budget_gb=5.3),
     "gqa": Setting(geometry="qwen2-7b", batch=4, length=2048),
-    "half_b": Setting(geometry="qwen2-0.5b", batch=8, length=1024, quantize="none", peers=WITHOUT_KBIT),
+    "half_b": Setting(geometry="qwen2-0.5b", batch=8, length=1024, quantize="none", peers=(*WITHOUT_KBIT, "hf_fp32")),
     "one_and_half_b": Setting(geometry="qwen2-1.5b", batch=1, length=1024),
 }
 

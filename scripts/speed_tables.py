@@ -11,7 +11,7 @@ PEERS = {
     "ours": "qwen2tool", "ours_eager": "qwen2tool, no graphs", "unsloth": "Unsloth", "liger": "HF + Liger",
     "hf": "HF + PEFT", "hf_kbit": "HF + PEFT, kbit",
 }  # fmt: skip
-"""Trainers of benchmarks/train_peer.py, as the README calls them."""
+"""Trainers of benchmarks/train_peer.py that are compared, as the README calls them."""
 
 
 def speed() -> str:
@@ -47,8 +47,9 @@ def _speed_rows(name: str, part: dict[str, Any], peers: list[str]) -> Iterable[t
 
 
 def _losses_apart(peers: dict[str, Any]) -> str:
-    """The largest difference of a step's loss from that of HF + PEFT, or of Unsloth where that has not run."""
-    losses = [peers[peer]["losses"] for peer in ("ours", "hf", "unsloth") if "losses" in peers.get(peer, {})]
+    """The largest difference of a step's loss from that of HF + PEFT, in fp32 if it ran so; of Unsloth where it did not."""
+    order = ("ours", "hf_fp32", "hf", "unsloth")
+    losses = [peers[peer]["losses"] for peer in order if "losses" in peers.get(peer, {})]
     if "losses" not in peers.get("ours", {}) or len(losses) < 2:
         return "-"
     return f"{max(abs(own - other) for own, other in zip(losses[0], losses[1], strict=True)):.3f}"

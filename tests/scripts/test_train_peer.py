@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import train_peer
 from benchmarks.train_peer import Job
@@ -63,6 +64,17 @@ def test_ours_and_transformers_lose_alike(results, job, tmp_path):
     other = train_peer.run(replace(job, model=str(write_tiny(tmp_path / "other", seed=5)), steps=2))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(torch.tensor(other["losses"]), torch.tensor(results["hf"]["losses"][:2]), **CLOSE)
+
+
+def test_hf_fp32_rounds_nothing(results, job):
+    """Its first loss is that of the bare model in float64; in bf16 it is not."""
+    found = train_peer.run(replace(job, peer="hf_fp32"))
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float64)
+    batches = train_peer.token_batches(job, model.config.vocab_size)[: job.accumulation]
+    with torch.no_grad():
+        wanted = sum(float(model(input_ids=ids, labels=ids).loss) for ids in batches) / job.accumulation
+    assert abs(found["losses"][0] - wanted) < 2e-5 < 1e-4 < abs(results["hf"]["losses"][0] - wanted)
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(results["hf"]["losses"]), **CLOSE)
 
 
 CLOSE = {"rtol": 0, "atol": 0.01}
