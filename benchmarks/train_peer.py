@@ -4,15 +4,15 @@
     python benchmarks/train_peer.py --peer unsloth --wait
 
 Peers: `ours` and `ours_eager` (without graph capture); `hf` (transformers, PEFT, bitsandbytes), `hf_kbit` (the same
-after PEFT's `prepare_model_for_kbit_training`, which casts norms, embedding and head to fp32), `hf_fp32` (hf without
-16 bit, no rival: its losses tell rounding from mistakes), `liger` (hf on Liger's kernels), `unsloth`. All get the same token
-ids, the same A by module name with B zero, clipping at 0.3, fused AdamW in fp32 without weight decay. The peers run
-under bf16 autocast, as in their own trainers, and without a padding mask, the fastest way to call them. Four batches go
-round. A step is timed by CUDA events, the host waiting after each; the first `warmup` steps (compilation, capture,
-autotuning) are not counted. Ours makes one more pass after them, eagerly: torch counts what a replay works in only
-while it is captured, which may be before the optimizer has its state. The clock of `first_step_s`, the end of the first
-step, starts before torch and the trainer are imported and leaves out the seeding of A, which is this script's own;
-`imported_s` is when all that the peer builds on was imported, a matter of the disk more than of the peer.
+after PEFT's `prepare_model_for_kbit_training`, which casts norms, embedding and head to fp32), `hf_fp32` (hf without 16
+bit, no rival: its losses tell rounding from mistakes), `liger` (hf on Liger's kernels), `unsloth`. All get the same
+token ids, the same A by module name with B zero, clipping at 0.3, fused AdamW in fp32 without weight decay. The peers
+run under bf16 autocast, as in their own trainers, and without a padding mask, the fastest way to call them. Four
+batches go round. A step is timed by CUDA events, the host waiting after each; the first `warmup` steps (compilation,
+capture, autotuning) are not counted. Ours makes one more pass after them, eagerly: torch counts what a replay works in
+only while it is captured, which may be before the optimizer has its state. The clock of `first_step_s`, the end of the
+first step, starts before torch and the trainer are imported and leaves out the seeding of A, which is this script's
+own; `imported_s` is when all that the peer builds on was imported, a matter of the disk more than of the peer.
 
 With --wait the imports come first, then a line READY, then a job is read from stdin: one line, the fields of `Job` in
 JSON. The time that this takes is in no figure: the clock stands still from the end of the imports to the job's arrival.

@@ -47,7 +47,7 @@ def _speed_rows(name: str, part: dict[str, Any], peers: list[str]) -> Iterable[t
 
 
 def _losses_apart(peers: dict[str, Any]) -> str:
-    """The largest difference of a step's loss from that of HF + PEFT, in fp32 if it ran so; of Unsloth where it did not."""
+    """The largest difference of a step's loss from that of HF + PEFT, in fp32 if it ran so; else of Unsloth."""
     order = ("ours", "hf_fp32", "hf", "unsloth")
     losses = [peers[peer]["losses"] for peer in order if "losses" in peers.get(peer, {})]
     if "losses" not in peers.get("ours", {}) or len(losses) < 2:
