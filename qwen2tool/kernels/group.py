@@ -110,9 +110,10 @@ class Weights(NamedTuple):
 
 
 def prefers_extended(group: Group, tokens: int) -> bool:
-    """Whether filling M (O K elements) is cheaper than adding LoRA to y (N O elements) afterwards."""
+    """Whether filling M, in the forward and again in the backward (8 O K bytes), is cheaper than adding LoRA to y in
+    fp32 (24 N O)."""
     quantised = all(isinstance(projection.weight, Quantised) for projection in group.projections)
-    return quantised or tokens > group.columns
+    return quantised or 3 * tokens > group.columns
 
 
 def unpack(group: Group, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,7 @@ x: (N, K), W_p: (O_p, K) frozen in 16 or 32 bit or NF4/FP4, A_j: (r_j, K), B_j: 
 with K + R columns does base, LoRA and all projections at once; the backward is one product with [dy | dy s B] and
 [W; A]; both operands live in one scratch (`group.Weights`). It is exact (one accumulation, so one rounding instead of
 two) and reads x and y once. *Separate* form: W_p is used where it lies, LoRA is added to it in fp32, and y is rounded
-from that, which costs some 18 N O bytes; it wins for fewer tokens than columns over a 16-bit base.
+from that, which costs 24 N O bytes more; it wins for a third as many tokens as columns, or fewer, over a 16-bit base.
 
 Adapters of any rank >= 1; R is their sum rounded up to a multiple of 8, the pad being zeros. Products accumulate in
 fp32; gradients of A and B leave in fp32 without a rounding to 16 bit in between.

@@ -346,9 +346,9 @@ def test_gradcheck(shape, dropout, form):
 
 
 def test_the_cheaper_form_is_chosen():
-    """Filling O K elements against N O: 16-bit bases by tokens, 4-bit ones always (they are unpacked anyway)."""
+    """8 O K bytes against 24 N O: 16-bit bases by tokens, 4-bit ones always (they are unpacked anyway)."""
     plain_base = make("1 3 8", BF16).group
-    assert [prefers_extended(plain_base, tokens) for tokens in (0, 1, K, K + 1)] == [False, False, False, True]
+    assert [prefers_extended(plain_base, K // 3 + more) for more in (-K // 3, 0, 1)] == [False, False, True]
     packed = make("1 3 8", BF16, kind="nf4").group
     assert isinstance(packed.projections[0].weight, Quantised) and prefers_extended(packed, 1)
     assert not prefers_extended(make("1 3 8", BF16, kind="mixed").group, 1)
