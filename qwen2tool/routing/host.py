@@ -10,8 +10,10 @@ from being reused inside a graph capture.
 from __future__ import annotations
 
 import mmap
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -54,13 +56,18 @@ class Ticket(NamedTuple):
     shape: torch.Size
 
 
+MADV_HUGEPAGE, MADV_WIPEONFORK = 14, 18
+"""Linux's; Python names them where it was built with them."""
+
+
 class _Pages(mmap.mmap):
-    """Anonymous memory; what the driver has locked of it is let go before it goes."""
+    """Anonymous memory; what the driver has locked of it is let go before it goes, by the process that locked it."""
 
     unlock: Callable[[], object] | None = None
+    owner: int = 0
 
     def __del__(self) -> None:
-        if self.unlock is not None:
+        if self.unlock is not None and self.owner == os.getpid():
             self.unlock()
 
 
@@ -69,18 +76,18 @@ def pinned(size: int) -> torch.Tensor:
 
     torch's own allocator has the driver touch page after page and rounds up to a power of two. Here all threads touch
     the pages, and the driver locks them then. Large pages need memory that is private to the process, and a fork must
-    not come between it and the device: no child gets it.
+    not come between it and the device: a child gets the place, and none of the pages.
     """
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        if hasattr(mmap, advice):
-            pages.madvise(getattr(mmap, advice))
+    for advice in (MADV_HUGEPAGE, MADV_WIPEONFORK):
+        with suppress(OSError):  # a kernel without it
+            pages.madvise(advice)
     memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()
     driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(driver.cudaHostRegister(memory.data_ptr(), size, 0)):
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     # Bound now: as the interpreter ends, the last memory goes after the names of modules.
-    pages.unlock = partial(driver.cudaHostUnregister, memory.data_ptr())
+    pages.unlock, pages.owner = partial(driver.cudaHostUnregister, memory.data_ptr()), os.getpid()
     return memory
 
 
@@ -134,6 +141,8 @@ class HostStore:
         stale = self._arriving.pop(before, None) if before else None
         if stale is not None:  # fetched for a backward that ended above this layer
             stale.wait()
+        while self._leaving and self._leaving[0].layer > index:  # of a forward that no backward followed
+            self._leaving.popleft().wait()
         ticket = Ticket(index, name, before.number + 1 if before else 0, x.shape)
         self._tickets.setdefault(index, {})[name] = ticket
         buffer = self._buffer(ticket, x.dtype)

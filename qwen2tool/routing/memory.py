@@ -125,7 +125,7 @@ def _most(sizes: Sizes, plan: MemoryPlan, budget: int) -> float:
     rates = [sizes.attention_products / sizes.attention, sizes.mlp_products / sizes.mlp]
     if sizes.packed and sizes.adapted:
         rates.append(sizes.unpacking_always / sizes.unpacked)
-    return plan.saved + max(rates) * (budget - plan.estimate + sizes.attention + LAG * sizes.mlp)
+    return plan.saved + max(rates) * (budget - plan.estimate + sizes.attention + (LAG + 1) * sizes.mlp)
 
 
 def _candidates(sizes: Sizes, recompute: Recompute, host: bool) -> Iterator[MemoryPlan]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from qwen2tool.routing import host
-from qwen2tool.routing.host import Homes, pinned
+from qwen2tool.routing.host import LAG, Copied, Homes, HostStore, pinned
 
 SIZE = 8 << 20
 SMAPS = Path("/proc/self/smaps")
@@ -73,13 +74,50 @@ def flags_and_large_pages(address):
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="Linux tells of its mappings")
-def test_no_child_gets_it_and_pages_are_large(driver):
+def test_no_child_gets_its_pages_and_they_are_large(driver):
     """Shared memory would be in small pages: 0.4 s for 2 GB instead of hundredths."""
     memory = pinned(SIZE).fill_(7)
     flags, large = flags_and_large_pages(memory.data_ptr() + SIZE // 2)
-    assert "sh" not in flags and "dc" in flags, "private, and not copied by a fork"
+    assert "sh" not in flags and "wf" in flags, "private, and not copied by a fork"
     if LARGE_PAGES.exists() and "[never]" not in LARGE_PAGES.read_text():
         assert "hg" in flags and large >= SIZE // 4 // 1024, f"{large} kB"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_child_may_collect_it(driver):
+    """A worker's garbage collector finds what the parent had not collected yet: it must not take what the worker has
+    put in the same place, nor unlock what is the parent's."""
+    memory = pinned(SIZE).fill_(7)
+    child = os.fork()
+    if child == 0:
+        mine = [torch.ones(SIZE // 4, dtype=torch.uint8) for _ in range(8)]
+        outside = all(not 0 <= part.data_ptr() - memory.data_ptr() < SIZE for part in mine)
+        wiped = not memory[:4096].any()
+        del memory
+        gc.collect()
+        os._exit(0 if outside and wiped and len(driver) == 1 and all(int(part.sum()) for part in mine) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory.eq(7).all() and len(driver) == 1
+
+
+class Stream:
+    device = torch.device("cpu")
+
+
+def test_a_forward_that_no_backward_followed_is_not_held_on_to(monkeypatch):
+    """What it left under way would stand before all that the next forward puts there."""
+    monkeypatch.setattr(host, "pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(Copied, "start", lambda stream, layer, tensor, source, out=False: Copied(layer, tensor, None))
+    monkeypatch.setattr(Copied, "wait", lambda copied: None)
+    store, most = HostStore(), []
+    for layers in (12, 5, 12):
+        for index in range(layers):
+            store.put(index, "x", torch.zeros(4))
+            store.let_go(index)
+            most.append(len(store._leaving))
+    assert max(most) == LAG, most
 
 
 def test_homes_stand_side_by_side(monkeypatch):
