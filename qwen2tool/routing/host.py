@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -61,14 +61,18 @@ MADV_HUGEPAGE, MADV_WIPEONFORK = 14, 18
 
 
 class _Pages(mmap.mmap):
-    """Anonymous memory; what the driver has locked of it is let go before it goes, by the process that locked it."""
+    """Anonymous memory; what the driver has locked of it is let go before it goes, by the process that locked it.
 
-    unlock: Callable[[], object] | None = None
+    What the driver does not let go of is kept: it would go on copying to those pages, whoever is given their address.
+    """
+
+    unlock: Callable[[], int] | None = None
     owner: int = 0
+    kept: ClassVar[list[_Pages]] = []
 
-    def __del__(self) -> None:
-        if self.unlock is not None and self.owner == os.getpid():
-            self.unlock()
+    def __del__(self, getpid: Callable[[], int] = os.getpid) -> None:
+        if self.unlock is not None and self.owner == getpid() and int(self.unlock()):
+            self.kept.append(self)
 
 
 def pinned(size: int) -> torch.Tensor:

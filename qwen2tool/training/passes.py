@@ -10,12 +10,16 @@ same kernels in the same order: the same bits.
 Memory: warm-ups and captures run on one stream and from one pool, never at once, so all of them together hold what the
 largest of them needs, and not that of a warm-up beside that of the graphs. What a pool was given it keeps, and what is
 free in it is written to by the next replay: an outcome is copied out, and where a warm-up left something there that
-lives on (weights kept unpacked, say), the graphs that were captured before it go.
+lives on (weights kept unpacked, say), the graphs that were captured before it go. Python's cyclic collector waits while
+memory comes from a pool: an earlier trainer that it found then would take its own graphs and pool with it, which a
+capture refuses and torch's allocator answers by ending the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +43,18 @@ class _Captured(NamedTuple):
 class _Workshop(NamedTuple):
     stream: torch.cuda.Stream
     pool: torch.cuda.MemPool
+
+
+@contextmanager
+def _collector_waits() -> Iterator[None]:
+    """No automatic garbage collection inside; afterwards as before."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Passes:
@@ -120,6 +136,7 @@ class Passes:
             self._scale(outcome["loss"]).backward()  # type: ignore[no-untyped-call]
         return {name: value.detach() for name, value in outcome.items()}
 
+    @_collector_waits()
     def _warm_up(self, batch: Batch) -> Outcome:
         """A shape's first pass, eagerly: kernels are compiled and loaded, libraries set up their workspaces."""
         torch.cuda.empty_cache()  # while a pool is in use the allocator does not, not even for want of memory
@@ -137,6 +154,7 @@ class Passes:
 
     def _set_up(self, batch: Batch) -> _Workshop:
         """One stream for all: what the allocator holds for a stream serves no other."""
+        gc.collect()  # an earlier trainer's memory goes now, and is not held beside this one's
         stream, pool = torch.cuda.Stream(), torch.cuda.MemPool()  # type: ignore[no-untyped-call]
         if self._reserve:
             stream.wait_stream(torch.cuda.current_stream())
@@ -153,6 +171,7 @@ class Passes:
         self._workshop = _Workshop(stream, pool)
         return self._workshop
 
+    @_collector_waits()
     def _capture(self, shape: tuple[Any, ...], batch: Batch) -> _Captured:
         """Records a pass without running it."""
         assert self._workshop is not None, "a warm-up comes first"

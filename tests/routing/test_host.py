@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qwen2tool.routing import host
-from qwen2tool.routing.host import LAG, Copied, Homes, HostStore, pinned
+from qwen2tool.routing.host import LAG, Copied, Homes, HostStore, _Pages, pinned
 
 SIZE = 8 << 20
 SMAPS = Path("/proc/self/smaps")
@@ -33,6 +33,7 @@ def driver(monkeypatch):
     def unregister(address):
         assert ctypes.string_at(address, 1) == b"\x07"
         del locked[address]
+        return 0
 
     fake = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
@@ -58,6 +59,20 @@ def test_memory_that_was_never_locked_is_not_unlocked(driver, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: spare[:size])
     assert pinned(SIZE).data_ptr() == spare.data_ptr(), "torch's own, where the driver refuses ours"
     gc.collect()
+
+
+def test_what_the_driver_does_not_let_go_of_stays(driver, monkeypatch):
+    """Given back to the system its address would be somebody else's, and copies would still go to the old pages."""
+    locks = torch.cuda.cudart().cudaHostRegister
+    refuses = SimpleNamespace(cudaHostRegister=locks, cudaHostUnregister=lambda _: 900)  # while a stream is captured
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
+    before = len(_Pages.kept)
+    memory = pinned(SIZE).fill_(7)
+    address = memory.data_ptr()
+    del memory
+    gc.collect()
+    assert ctypes.string_at(address, 1) == b"\x07" and len(_Pages.kept) == before + 1
+    _Pages.kept.pop().unlock = None
 
 
 def flags_and_large_pages(address):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -284,6 +285,53 @@ def test_with_inputs_on_the_host(model):
         runs.append([run.step([batch_of(lengths, seed)]) for seed, lengths in enumerate(shapes)])
     for other in runs[1:]:
         assert [different(a, b) for a, b in zip(runs[0], other, strict=True)] == [[]] * 8
+
+
+def eager_collector():
+    """Every allocation that can, collects: what is found is what was made since, and what came before is left out."""
+    gc.collect()
+    gc.freeze()
+    gc.collect()
+    gc.set_threshold(1, 1, 1)
+
+
+def allocate():
+    return [[number] for number in range(1000)]
+
+
+@pytest.mark.parametrize("phase", [0, 1], ids=["warm-up", "capture"])
+def test_an_earlier_run_is_not_collected_inside_a_pass(phase, model):
+    """Left in a cycle, it owns a graph and a pool: to let go of them in there ends the process."""
+    run, earlier, inside = Run(model, graphs=True), [], []
+    for made in range(phase):
+        run.passes(batch_of(SHORT, made))
+
+    def loss(batch):
+        last = weakref.ref(earlier.pop())
+        allocate()
+        inside.append((gc.isenabled(), last() is not None))
+        earlier.append(last)
+        return run.loss(batch)
+
+    run.passes._loss, batch, thresholds = loss, batch_of(SHORT, 5), gc.get_threshold()
+    try:
+        eager_collector()
+        gc.disable()
+        earlier.append(Run(model, graphs=True))
+        earlier[0].itself = earlier[0]
+        earlier[0].step([batch_of(SHORT, 1)])
+        earlier[0].step([batch_of(SHORT, 2)])
+        assert earlier[0].passes.captured == 1
+        gc.enable()
+        run.passes(batch)
+        assert gc.isenabled() and inside == [(False, True)]
+        allocate()
+        assert earlier[0]() is None, "the control: the collector finds it as soon as it may"
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert run.passes.captured == phase
 
 
 def test_another_seed_is_another_run(model):
