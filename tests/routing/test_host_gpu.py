@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen2tool.routing.host import HostStore
+from qwen2tool.routing.host import HostStore, pinned
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.swap import route, unroute
 from tests.routing.models import batch, logits_and_gradients, lora_model
@@ -202,3 +202,15 @@ def test_a_second_backward_over_a_retained_graph():
     trained = [p for p in model.parameters() if p.requires_grad]
     first = torch.autograd.grad(loss, trained, retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, trained), strict=True))
+
+
+def test_memory_goes_when_its_copy_is_done():
+    """Without a word from us: the driver lets go of memory after what was started before."""
+    x, done = torch.randn(1 << 20, device="cuda"), torch.cuda.Event()
+    memory = pinned(x.nbytes).view(torch.float32)
+    torch.cuda._sleep(500_000_000)  # a quarter of a second
+    memory.copy_(x, non_blocking=True)
+    done.record()
+    assert not done.query(), "the control: it is under way"
+    del memory
+    assert done.query()
