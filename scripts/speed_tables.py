@@ -20,7 +20,7 @@ def speed() -> str:
     if not found:
         return NOT_MEASURED
     origins = dict.fromkeys(f"{made_by(part)}{_peer_versions(part)}" for part in found.values())
-    return "\n\n".join((speed_table(found), *origins))
+    return "\n\n".join((speed_table(found), *_from_fp32(found), *origins))
 
 
 def speed_table(found: dict[str, Any]) -> str:
@@ -53,6 +53,17 @@ def _losses_apart(peers: dict[str, Any]) -> str:
     if "losses" not in peers.get("ours", {}) or len(losses) < 2:
         return "-"
     return f"{max(abs(own - other) for own, other in zip(losses[0], losses[1], strict=True)):.3f}"
+
+
+def _from_fp32(found: dict[str, Any]) -> Iterable[str]:
+    """A line for each part in which HF + PEFT ran in fp32 too: how far from it the others' losses lie at most."""
+    for name, part in found.items():
+        losses = {peer: record["losses"] for peer, record in part["peers"].items() if "losses" in record}
+        truth = losses.pop("hf_fp32", None)
+        if truth and losses:
+            apart = {peer: max(abs(a - b) for a, b in zip(own, truth, strict=True)) for peer, own in losses.items()}
+            shown = ", ".join(f"{label} {apart[peer]:.4f}" for peer, label in PEERS.items() if peer in apart)
+            yield f"{name}, the largest of {len(truth)} distances from the losses of HF + PEFT in fp32: {shown}."
 
 
 def _speed_cell(record: dict[str, Any] | None, key: str) -> str:

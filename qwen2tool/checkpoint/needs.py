@@ -12,7 +12,7 @@ Training, 4 x 2,048 tokens a pass, every layer recomputed, adapters of rank 64 o
 What a framework adds (allocator, CUDA context: 1 to 2 GB) is not in it, what moves to the host not subtracted. Serving:
 weights in 16 bit and as stored, and a KV cache of 16 bit.
 
-Measured beside it, Qwen1.5-7B with QLoRA and these settings on an H100 (benchmarks/results/train_step.json), where this
+Measured beside it, Qwen1.5-7B with QLoRA and these settings on an H200 (benchmarks/results/train_step.json), where this
 says 12.5 GB: Liger on transformers, which holds all of it on the device, peaked at 11.4, 8 % less; Unsloth at 10.4 with
 the layer inputs (2.1) on the host, 1 % more than this less those. `qwen2tool train` has no one figure: its plan fits
 the budget it is given, down to 5.3 GB for a sequence of 1,024 tokens at rank 8 (`qwen2tool routes` prints the plan).

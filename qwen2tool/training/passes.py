@@ -154,7 +154,6 @@ class Passes:
 
     def _set_up(self, batch: Batch) -> _Workshop:
         """One stream for all: what the allocator holds for a stream serves no other."""
-        gc.collect()  # an earlier trainer's memory goes now, and is not held beside this one's
         stream, pool = torch.cuda.Stream(), torch.cuda.MemPool()  # type: ignore[no-untyped-call]
         if self._reserve:
             stream.wait_stream(torch.cuda.current_stream())

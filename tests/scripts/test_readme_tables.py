@@ -99,6 +99,20 @@ def test_losses_are_held_against_hf_where_it_has_run():
     assert speed_tables.speed_table({"seed": part}).splitlines()[2].endswith("| - |")
 
 
+def test_everybody_s_distance_from_fp32_where_that_ran(results):
+    part = deepcopy(SETTING)
+    ours, unsloth = part["peers"]["ours"]["losses"], part["peers"]["unsloth"]["losses"]
+    part["peers"]["hf_fp32"] = part["peers"]["unsloth"] | {"losses": [ours[0], ours[1] + 0.0004, *ours[2:]]}
+    (results / "train_step.json").write_text(json.dumps({"half": part, "seed": SETTING}))
+    largest = max(abs(a - b) for a, b in zip(unsloth, part["peers"]["hf_fp32"]["losses"], strict=True))
+    assert largest > 0.01
+    lines = [line for line in speed_tables.speed().splitlines() if "fp32" in line]
+    assert lines == [
+        "half, the largest of 3 distances from the losses of HF + PEFT in fp32:"
+        f" qwen2tool 0.0004, Unsloth {largest:.4f}."
+    ]
+
+
 def test_measurements_of_one_call_are_named_once(results):
     (results / "train_step.json").write_text(json.dumps({"seed": SETTING, "small": SETTING}))
     assert speed_tables.speed().count("at abc") == 1
