@@ -47,7 +47,7 @@ OPS: dict[str, Callable[[Sizes], Case]] = {
     "keep_bits": products.keep_bits,
     "masked_product": products.masked_product,
     "masked_grad_a": products.masked_grad_a,
-    "add_masked_grad_x": products.add_masked_grad_x,
+    "masked_grad_x": products.masked_grad_x,
     "lora_group, qkv forward": partial(products.lora_qkv, backward=False),
     "lora_group, qkv both": partial(products.lora_qkv, backward=True),
     "attend, uniform forward": partial(products.attention, ragged=False, backward=False),
@@ -58,6 +58,8 @@ OPS: dict[str, Callable[[Sizes], Case]] = {
 }
 WEIGHTS_ONLY = ("dequantise, gate", "dequantise, gate and up")
 """Ops whose size is the weight's: measured once, not for every number of rows."""
+ROWS, LENGTH = [8192, 1024], 2048
+"""Tokens of a pass, and of its sequences, unless others are asked for."""
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     limits = ceilings.measure(options.device, **({} if options.device == "cuda" else ceilings.SMOKE))
     found: dict[str, Any] = {"ceilings": limits, "rows": []}
     command = ["python", "benchmarks/kernels.py", *sys.argv[1:]]
-    part = " ".join(["kernels", *filter(None, options.ops)])  # some ops measured anew replace no others
+    part = part_name(options)
     for name in OPS:
         if not any(name.startswith(prefix) for prefix in options.ops):
             continue
@@ -77,11 +79,19 @@ def main() -> None:
     print(kernel_table(found))
 
 
+def part_name(options: argparse.Namespace) -> str:
+    """Of the result file's: some ops measured anew, or other shapes, replace nothing else."""
+    words = ["kernels", *filter(None, options.ops)]
+    words += ["rows", *map(str, options.rows)] if options.rows != ROWS else []
+    words += ["length", str(options.length)] if options.length != LENGTH else []
+    return " ".join([*words, options.device] if options.device != "cuda" else words)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=[""], help="beginnings of names; default: all")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192, 1024])
-    parser.add_argument("--length", type=int, default=2048, help="tokens a sequence, or all rows if they are fewer")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sequence, or all rows if they are fewer")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "kernels.json")
     options = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 from typing import Any
 
 from measured import NOT_MEASURED, load_if_measured, made_by, table
@@ -52,7 +53,13 @@ def _losses_apart(peers: dict[str, Any]) -> str:
     losses = [peers[peer]["losses"] for peer in order if "losses" in peers.get(peer, {})]
     if "losses" not in peers.get("ours", {}) or len(losses) < 2:
         return "-"
-    return f"{max(abs(own - other) for own, other in zip(losses[0], losses[1], strict=True)):.3f}"
+    return _largest(losses[0], losses[1], 3)
+
+
+def _largest(ours: list[Any], theirs: list[Any], digits: int) -> str:
+    """The largest distance; `max` alone would pass over a NaN, which files hold as text."""
+    gaps = [abs(float(own) - float(other)) for own, other in zip(ours, theirs, strict=True)]
+    return f"{max(gaps):.{digits}f}" if all(map(isfinite, gaps)) else "not finite"
 
 
 def _from_fp32(found: dict[str, Any]) -> Iterable[str]:
@@ -61,8 +68,9 @@ def _from_fp32(found: dict[str, Any]) -> Iterable[str]:
         losses = {peer: record["losses"] for peer, record in part["peers"].items() if "losses" in record}
         truth = losses.pop("hf_fp32", None)
         if truth and losses:
-            apart = {peer: max(abs(a - b) for a, b in zip(own, truth, strict=True)) for peer, own in losses.items()}
-            shown = ", ".join(f"{label} {apart[peer]:.4f}" for peer, label in PEERS.items() if peer in apart)
+            shown = ", ".join(
+                f"{label} {_largest(losses[peer], truth, 4)}" for peer, label in PEERS.items() if peer in losses
+            )
             yield f"{name}, the largest of {len(truth)} distances from the losses of HF + PEFT in fp32: {shown}."
 
 

@@ -17,7 +17,7 @@ import torch
 
 from qwen2tool.kernels.backend import blank
 from qwen2tool.kernels.nf4 import Quantised, dequantise
-from qwen2tool.kernels.rows import copy_rows, fill_adapters
+from qwen2tool.kernels.rows import copy_rows, fill_adapters, scaled
 
 
 class Adapter(NamedTuple):
@@ -111,9 +111,9 @@ class Weights(NamedTuple):
 
 def prefers_extended(group: Group, tokens: int) -> bool:
     """Whether filling M, in the forward and again in the backward (8 O K bytes), is cheaper than adding LoRA to y in
-    fp32 (24 N O)."""
+    fp32 (24 N O). Without adapters there is nothing to add, and weights serve where they lie, unless they are packed."""
     quantised = all(isinstance(projection.weight, Quantised) for projection in group.projections)
-    return quantised or 3 * tokens > group.columns
+    return quantised or (bool(group.adapters) and 3 * tokens > group.columns)
 
 
 def unpack(group: Group, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -149,7 +149,7 @@ def assemble(group: Group, dtype: torch.dtype, *, extended: bool, unpacked: torc
         device = weight.packed.device if isinstance(weight, Quantised) else weight.device
         a = torch.empty(width, k, dtype=dtype, device=device)
         fill_adapters(a, None, adapters)
-        return Weights(None, a, [(b * scale).to(dtype) for _, b, scale, _ in adapters])
+        return Weights(None, a, [scaled(b, scale).to(dtype) for _, b, scale, _ in adapters])
     matrix = unpack(group, dtype) if unpacked is None else unpacked
     a, scaled_b = matrix[group.rows :, :k], matrix[: group.rows, k:]
     fill_adapters(a, scaled_b, adapters)

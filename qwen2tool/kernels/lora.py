@@ -9,6 +9,8 @@ with K + R columns does base, LoRA and all projections at once; the backward is 
 [W; A]; both operands live in one scratch (`group.Weights`). It is exact (one accumulation, so one rounding instead of
 two) and reads x and y once. *Separate* form: W_p is used where it lies, LoRA is added to it in fp32, and y is rounded
 from that, which costs 24 N O bytes more; it wins for a third as many tokens as columns, or fewer, over a 16-bit base.
+There and under dropout the backward writes LoRA's part of dx first, rounded by itself, and one product a projection is
+accumulated on it.
 
 Adapters of any rank >= 1; R is their sum rounded up to a multiple of 8, the pad being zeros. Products accumulate in
 fp32; gradients of A and B leave in fp32 without a rounding to 16 bit in between.
@@ -24,7 +26,7 @@ import torch
 from qwen2tool.kernels.backend import blank, require
 from qwen2tool.kernels.dropout import keep_bits
 from qwen2tool.kernels.group import Group, Projection, Weights, assemble, plain_weight, prefers_extended
-from qwen2tool.kernels.masked import add_masked_grad_x, masked_grad_a, masked_product
+from qwen2tool.kernels.masked import masked_grad_a, masked_grad_x, masked_product
 
 
 def reference(x: torch.Tensor, group: Group, masks: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -164,10 +166,12 @@ def _product(
     y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, accumulate: bool
 ) -> None:
     """y (+)= x weight^T + bias."""
-    if accumulate:
+    if accumulate and bias is not None:  # rounded once
+        total = y.to(torch.promote_types(y.dtype, torch.float32)) + bias
+        _accumulate(total, x, weight.T)
+        y.copy_(total)
+    elif accumulate:
         _accumulate(y, x, weight.T)
-        if bias is not None:
-            y.add_(bias)
     elif bias is None:
         torch.mm(x, weight.T, out=y)
     else:
@@ -208,16 +212,17 @@ def group_backward(
     if dy.whole is not None and weights.matrix is not None and bits is None:
         torch.mm(dy.whole, weights.matrix[:, : group.columns], out=dx)
         return dx
-    for index, (_, span, base) in enumerate(_bases(group, weights, dy.plain.dtype)):
-        if index == 0:
-            torch.mm(dy.plain[:, span], base, out=dx)
-        else:
-            dx.addmm_(dy.plain[:, span], base)
+    # LoRA's part first: it may be far below the rounding of dx. Added to what is rounded already, it would be lost.
+    used = sum(group.ranks)
     if bits is not None:
-        used = sum(group.ranks)
-        add_masked_grad_x(dx, dy.tail[:, :used], weights.a[:used], bits, group.ranks, group.dropout)
-    elif group.width:
-        dx.addmm_(dy.tail, weights.a)
+        masked_grad_x(dy.tail[:, :used], weights.a[:used], bits, group.ranks, group.dropout, out=dx)
+    elif used:
+        torch.mm(dy.tail, weights.a, out=dx)
+    for index, (_, span, base) in enumerate(_bases(group, weights, dy.plain.dtype)):
+        if used or index:
+            dx.addmm_(dy.plain[:, span], base)
+        else:
+            torch.mm(dy.plain[:, span], base, out=dx)
     return dx
 
 
@@ -264,6 +269,9 @@ class _LoraGroup(torch.autograd.Function):
         group: Group = ctx.group
         weights = assemble(group, dy.dtype, extended=ctx.extended)
         rows = rows_of(dy, group.width)
+        if weights.matrix is not None and bits is None:
+            rows = new_rows(dy.shape[0], group.rows, group.width, weights)
+            rows.plain.copy_(dy)
         dx = group_backward(rows, group, weights, bits)
         grads = adapter_grads(rows, Rows(x, t), group, bits)
         return dx, None, None, *(g.to(p.dtype) for g, p in zip(grads, group.parameters, strict=True))

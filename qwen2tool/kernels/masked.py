@@ -4,13 +4,13 @@ With m_p = keep_p / (1 - p) for adapter p (its bits as `dropout.keep_bits` draws
 
     forward      t_p  = (x . m_p) A_p^T                (N, r_p)      `masked_product`
     for A        dA_p = dt_p^T (x . m_p)               (r_p, K)      `masked_grad_a`
-    for x        dx  += sum_p m_p . (dt_p A_p)         (N, K)        `add_masked_grad_x`
+    for x        sum_p m_p . (dt_p A_p)                (N, K)        `masked_grad_x`
 
 bits: (P, N, ceil(K/8)) uint8; A and dA as (R, K), t and dt as (N, R), R = sum r_p, adapter after adapter. bf16, fp16 or
-fp32; A and dt are rounded to the dtype of x (dx) where theirs differs. Accumulation is in fp32, the factor 1/(1-p) is
+fp32; A and dt are rounded to the dtype of x (of `out`) where theirs differs. Accumulation is in fp32, the factor 1/(1-p) is
 applied to the sum, and there is one rounding at the end. Nothing is atomic: the same inputs give the same bits.
 
-Cost: 2 N K R operations each. x (or dx) is read once for all adapters whose padded ranks (16, 32, 64 ...; from 64 on in
+Cost: 2 N K R operations each. x is read (`out` written) once for all adapters whose padded ranks (16, 32, 64 ...; from 64 on in
 the forward in 16 bit) add up to 256 or less (fp32: 64), and P/8 bytes an element of masks beside its 2; PyTorch would
 write and read a dropped copy of x for each of them, 8 P bytes an element. Where the rows (or columns) give too few
 programs for the GPU, the contraction is cut into S parts, as many as the shape says, whose fp32 sums are added in a
@@ -74,7 +74,7 @@ def masked_grad_a_reference(
 def masked_grad_x_reference(
     dt: torch.Tensor, a: torch.Tensor, bits: torch.Tensor, ranks: tuple[int, ...], p: float
 ) -> torch.Tensor:
-    """The definition of what `add_masked_grad_x` adds: (N, K), fp32 (float64 for float64)."""
+    """The definition of `masked_grad_x`: (N, K), fp32 (float64 for float64)."""
     products = [
         d @ part
         for d, part in zip(torch.split(_wide(dt), list(ranks), dim=1), torch.split(_wide(a), list(ranks)), strict=True)
@@ -299,54 +299,54 @@ def masked_grad_a(
     return out
 
 
-def add_masked_grad_x(
-    dx: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, bits: torch.Tensor, ranks: tuple[int, ...], p: float
+def masked_grad_x(
+    dt: torch.Tensor, a: torch.Tensor, bits: torch.Tensor, ranks: tuple[int, ...], p: float, *, out: torch.Tensor
 ) -> torch.Tensor:
-    """dx += sum_p m_p . (dt_p A_p), in place, summed in fp32 and rounded once.
+    """out = sum_p m_p . (dt_p A_p), summed in fp32 and rounded once: LoRA's part of the gradient of x.
 
     Args:
-        dx: (N, K), any row stride.
-        dt: (N, R), any row stride.
+        dt: (N, R), any row stride: the gradient of `masked_product`'s result.
         a, bits, ranks, p: those of the forward.
+        out: (N, K), any row stride.
 
     Returns:
-        dx.
+        out.
 
     Raises:
         ValueError: if an argument does not fit the others.
     """
-    total = _check("add_masked_grad_x", bits, dx.shape[0], dx.shape[1], ranks, p)
-    _check_shape("add_masked_grad_x", "dt", dt, (dx.shape[0], total))
-    _check_shape("add_masked_grad_x", "a", a, (total, dx.shape[1]))
-    if not runs_triton(dx):
-        return dx.copy_(_wide(dx) + masked_grad_x_reference(dt.to(dx.dtype), a.to(dx.dtype), bits, ranks, p))
-    require_float("add_masked_grad_x", dx=dx, dt=dt, a=a)
-    if dx.numel():
-        _launch_grad_x(dx, dt, a, bits, ranks, p)
-    return dx
+    total = _check("masked_grad_x", bits, out.shape[0], out.shape[1], ranks, p)
+    _check_shape("masked_grad_x", "dt", dt, (out.shape[0], total))
+    _check_shape("masked_grad_x", "a", a, (total, out.shape[1]))
+    if not runs_triton(out):
+        return out.copy_(masked_grad_x_reference(dt.to(out.dtype), a.to(out.dtype), bits, ranks, p))
+    require_float("masked_grad_x", out=out, dt=dt, a=a)
+    if out.numel():
+        _launch_grad_x(dt, a, bits, ranks, p, out)
+    return out
 
 
 def _launch_grad_x(
-    dx: torch.Tensor, dt: torch.Tensor, a: torch.Tensor, bits: torch.Tensor, ranks: tuple[int, ...], p: float
+    dt: torch.Tensor, a: torch.Tensor, bits: torch.Tensor, ranks: tuple[int, ...], p: float, out: torch.Tensor
 ) -> None:
-    rows, columns = dx.shape
-    tile = _tile(dx.dtype)
-    unit = math.gcd(16, dx.stride(0), dt.stride(0), a.stride(0))
+    rows, columns = out.shape
+    tile = _tile(out.dtype)
+    unit = math.gcd(16, out.stride(0), dt.stride(0), a.stride(0))
     grad_x_kernel[(triton.cdiv(rows, tile["BN"]), triton.cdiv(columns, tile["BK"]))](
-        dx,
+        out,
         dt,
         a,
         bits,
         rows,
         columns,
-        dx.stride(0) // unit,
+        out.stride(0) // unit,
         dt.stride(0) // unit,
         a.stride(0) // unit,
         bits.shape[2],
         bits.stride(0),
         1 / (1 - p),
         UNIT=unit,
-        SLOTS=tuple(slots_of(ranks, _limit(dx.dtype))),
+        SLOTS=tuple(slots_of(ranks, _limit(out.dtype))),
         num_warps=4,
         **tile,
     )

@@ -220,13 +220,13 @@ def grad_a_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def grad_x_kernel(
-    dx: tl.tensor,
+    out: tl.tensor,
     dt: tl.tensor,
     a: tl.tensor,
     bits: tl.tensor,
     rows: tl.tensor,
     columns: tl.tensor,
-    dx_stride: tl.tensor,
+    out_stride: tl.tensor,
     dt_stride: tl.tensor,
     a_stride: tl.tensor,
     row_bytes: tl.tensor,
@@ -243,14 +243,13 @@ def grad_x_kernel(
     column = first + tl.arange(0, BK)
     total = tl.zeros((BN, BK), tl.float32)
     for i in tl.static_range(len(SLOTS)):
-        left = _rank_columns(dt, row, live, dt_stride * UNIT, SLOTS, i).to(dx.dtype.element_ty)
-        right = _rank_rows(a, column, columns, a_stride * UNIT, SLOTS, i).to(dx.dtype.element_ty)
+        left = _rank_columns(dt, row, live, dt_stride * UNIT, SLOTS, i).to(out.dtype.element_ty)
+        right = _rank_rows(a, column, columns, a_stride * UNIT, SLOTS, i).to(out.dtype.element_ty)
         keep = _keep_tile(bits, row, live, first, row_bytes, plane, SLOTS, i, BN, BK)
         total += tl.where(keep, tl.dot(left, right, input_precision="ieee"), 0.0)
-    target = dx + row[:, None] * (dx_stride * UNIT) + column[None, :]
+    target = out + row[:, None] * (out_stride * UNIT) + column[None, :]
     inside = live[:, None] & (column < columns)[None, :]
-    before = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-    tl.store(target, (before + total * scale).to(dx.dtype.element_ty), mask=inside)
+    tl.store(target, (total * scale).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -41,9 +41,10 @@ def _copy_kernel(
 
 
 def copy_rows(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Copies x (N, K) into `out` (N, K) of the same dtype; last dimensions contiguous. Returns `out`."""
+    """Copies x (N, K) into `out` (N, K) of the same dtype; by torch where a last dimension is not contiguous. Returns
+    `out`."""
     require(x.shape == out.shape and x.dtype == out.dtype, "copy_rows", f"{tuple(x.shape)} into {tuple(out.shape)}")
-    if not runs_triton(x) or not x.numel():
+    if not runs_triton(x) or not x.numel() or x.stride(1) != 1 or out.stride(1) != 1:
         return out.copy_(x)
     align = next(a for a in (16, 8, 4, 2, 1) if x.stride(0) % a == 0 and out.stride(0) % a == 0)
     grid = (x.shape[0], triton.cdiv(x.shape[1], 4096))
@@ -126,9 +127,14 @@ def fill_adapters(
         end = column + matrix.shape[0]
         a[column:end].copy_(matrix)
         if scaled_b is not None:
-            scaled_b[rows, column:end].copy_(b * scale)
+            scaled_b[rows, column:end].copy_(scaled(b, scale))
         column = end
     a[column:].zero_()
+
+
+def scaled(b: torch.Tensor, scale: float) -> torch.Tensor:
+    """s B, not rounded to 16 bit."""
+    return b.to(torch.promote_types(b.dtype, torch.float32)) * scale
 
 
 def _launch(

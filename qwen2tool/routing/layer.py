@@ -222,44 +222,49 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        call, kept = ctx.call, ctx.kept
-        goes_on = ctx.needs_input_grad[0] and ctx.spec.index > 0
-        spec = call.at_work(ctx.spec, ctx.spec.index - 1 if goes_on else None)
-        tails = kept.tails or _Tails()
-        if kept.host is not None:
-            kept.host.fetch_below(spec.index)
-        saved = ctx.saved_tensors[0]
-        x = saved if kept.x is None else kept.host.take(kept.x)
-        own = call.handed.take(dy, spec.index)
-        ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
-        need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
-        attention, h = kept.attention, kept.h
-        again = torch.empty_like(x) if attention is None else None
-        operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call, tails.qkv, again)
-        if again is not None:
-            attention, h = _attention(operands, spec, call, ctx.centre), again
-            _add_o(attention, spec, call, h, tails.o)
-        operands.fill_tail()
-        operands.pause()
-        gate_up, kept = _kept_gate_up(kept, spec), kept._replace(gate_up=None)
-        dh, mlp_grads, d_norm2 = _mlp_backward(dy, own, h, gate_up, tails, spec, call, need_norm2)
-        del gate_up  # attention's gradients take its place
-        d_qkv, o_grads = _attention_backward(dh, attention, operands, tails, spec, call)
-        dx, d_norm1 = None, None
-        if need_dx or need_norm1:
-            dn = operands.backward(d_qkv)
-            _, d_norm1 = rms_norm_backward(
-                dn, x, spec.norm1, rstd1, residual_grad=dh.plain, need_weight=need_norm1, out=dh.plain
-            )
-            dx = call.handed.give(dh, spec.index)
-        else:
-            project_back(d_qkv, spec.qkv, operands.weights)
-        grads = [*operands.grads(d_qkv), *o_grads, *mlp_grads, d_norm1, d_norm2]
-        typed = [
-            grad.to(parameter.dtype) if need and grad is not None else None
-            for grad, parameter, need in zip(grads, spec.parameters, ctx.needs_input_grad[6:], strict=True)
-        ]
-        return dx, None, None, None, None, None, *typed
+        with torch.autocast(dy.device.type, enabled=False):  # of a caller who leaves the backward inside
+            return _layer_backward(ctx, dy)
+
+
+def _layer_backward(ctx: Any, dy: torch.Tensor) -> Any:
+    call, kept = ctx.call, ctx.kept
+    goes_on = ctx.needs_input_grad[0] and ctx.spec.index > 0
+    spec = call.at_work(ctx.spec, ctx.spec.index - 1 if goes_on else None)
+    tails = kept.tails or _Tails()
+    if kept.host is not None:
+        kept.host.fetch_below(spec.index)
+    saved = ctx.saved_tensors[0]
+    x = saved if kept.x is None else kept.host.take(kept.x)
+    own = call.handed.take(dy, spec.index)
+    ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
+    need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
+    attention, h = kept.attention, kept.h
+    again = torch.empty_like(x) if attention is None else None
+    operands, rstd1 = _norm(x, spec.norm1, spec.eps, spec.qkv, call, tails.qkv, again)
+    if again is not None:
+        attention, h = _attention(operands, spec, call, ctx.centre), again
+        _add_o(attention, spec, call, h, tails.o)
+    operands.fill_tail()
+    operands.pause()
+    gate_up, kept = _kept_gate_up(kept, spec), kept._replace(gate_up=None)
+    dh, mlp_grads, d_norm2 = _mlp_backward(dy, own, h, gate_up, tails, spec, call, need_norm2)
+    del gate_up  # attention's gradients take its place
+    d_qkv, o_grads = _attention_backward(dh, attention, operands, tails, spec, call)
+    dx, d_norm1 = None, None
+    if need_dx or need_norm1:
+        dn = operands.backward(d_qkv)
+        _, d_norm1 = rms_norm_backward(
+            dn, x, spec.norm1, rstd1, residual_grad=dh.plain, need_weight=need_norm1, out=dh.plain
+        )
+        dx = call.handed.give(dh, spec.index)
+    else:
+        project_back(d_qkv, spec.qkv, operands.weights)
+    grads = [*operands.grads(d_qkv), *o_grads, *mlp_grads, d_norm1, d_norm2]
+    typed = [
+        grad.to(parameter.dtype) if need and grad is not None else None
+        for grad, parameter, need in zip(grads, spec.parameters, ctx.needs_input_grad[6:], strict=True)
+    ]
+    return dx, None, None, None, None, None, *typed
 
 
 def _mlp_backward(

@@ -347,8 +347,9 @@ def test_gradcheck(shape, dropout, form):
 
 def test_the_cheaper_form_is_chosen():
     """8 O K bytes against 24 N O: 16-bit bases by tokens, 4-bit ones always (they are unpacked anyway)."""
-    plain_base = make("1 3 8", BF16).group
+    plain_base, bare = make("1 3 8", BF16).group, make("no adapter", BF16).group
     assert [prefers_extended(plain_base, K // 3 + more) for more in (-K // 3, 0, 1)] == [False, False, True]
+    assert not prefers_extended(bare, 9 * K) and prefers_extended(make("no adapter", BF16, kind="nf4").group, 1)
     packed = make("1 3 8", BF16, kind="nf4").group
     assert isinstance(packed.projections[0].weight, Quantised) and prefers_extended(packed, 1)
     assert not prefers_extended(make("1 3 8", BF16, kind="mixed").group, 1)
@@ -361,9 +362,7 @@ def test_refusals():
             lora_group(x, case.group)
 
 
-class Masked(torch.nn.Module):
-    """In the place of PEFT's dropout: a mask that is given."""
-
+class Masked(torch.nn.Module):  # in the place of PEFT's dropout: a mask that is given
     def __init__(self, mask):
         super().__init__()
         self.mask = mask

@@ -12,8 +12,8 @@ import triton.language as tl
 from qwen2tool.kernels import backend, masked
 from qwen2tool.kernels.dropout import keep_bits
 from qwen2tool.kernels.masked import (
-    add_masked_grad_x,
     masked_grad_a,
+    masked_grad_x,
     masked_grad_a_reference,
     masked_grad_x_reference,
     masked_product,
@@ -62,7 +62,6 @@ class Case(NamedTuple):
     bits: torch.Tensor
     a: torch.Tensor
     dt: torch.Tensor
-    dx: torch.Tensor
     ranks: tuple[int, ...]
 
 
@@ -75,9 +74,9 @@ def make(rows, columns, ranks, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     total = sum(ranks)
     bits = keep_bits(torch.tensor(seed, device=DEVICE), 1, P, rows, columns, len(ranks), device=DEVICE)
-    shapes = [(rows, columns), (total, columns), (rows, total), (rows, columns)]
-    x, a, dt, dx = (strided(generator, *shape, dtype) for shape in shapes)
-    return Case(x, bits, a, dt, dx, ranks)
+    shapes = [(rows, columns), (total, columns), (rows, total)]
+    x, a, dt = (strided(generator, *shape, dtype) for shape in shapes)
+    return Case(x, bits, a, dt, ranks)
 
 
 def masks(case, dtype):
@@ -88,19 +87,20 @@ def masks(case, dtype):
 
 def plain(case, dtype):
     """The three results in plain PyTorch, every step in `dtype`."""
-    x, a, dt, dx = (tensor.to(dtype) for tensor in (case.x, case.a, case.dt, case.dx))
+    x, a, dt = (tensor.to(dtype) for tensor in (case.x, case.a, case.dt))
     m = masks(case, dtype)
     parts = list(zip(m, a.split(case.ranks), dt.split(case.ranks, dim=1), strict=True))
     t = torch.cat([(x * keep) @ part.T for keep, part, _ in parts], dim=1)
     grad_a = torch.cat([d.T @ (x * keep) for keep, _, d in parts])
-    return t, grad_a, dx + sum(keep * (d @ part) for keep, part, d in parts)
+    return t, grad_a, sum(keep * (d @ part) for keep, part, d in parts)
 
 
 def run(case, which="triton"):
     with backend.use(which):
         t = masked_product(case.x, case.bits, case.a, case.ranks, P)
         grad_a = masked_grad_a(case.dt, case.x, case.bits, case.ranks, P)
-        dx = add_masked_grad_x(case.dx.clone(), case.dt, case.a, case.bits, case.ranks, P)
+        out = torch.full_like(case.x, float("nan"))
+        dx = masked_grad_x(case.dt, case.a, case.bits, case.ranks, P, out=out)
     return t, grad_a, dx
 
 
@@ -133,15 +133,15 @@ def test_the_right_mask_for_each_projection(which):
         for out, truth in zip(run(wrong, which), plain(case, torch.float64), strict=True):
             with pytest.raises(AssertionError, match="error"):
                 assert_as_good(out, truth, truth, FP32)
-    unscaled = [out * (1 - P) for out in run(case, which)[:2]]
-    for out, truth in zip(unscaled, plain(case, torch.float64), strict=False):
+    unscaled = [out * (1 - P) for out in run(case, which)]
+    for out, truth in zip(unscaled, plain(case, torch.float64), strict=True):
         with pytest.raises(AssertionError, match="error"):
             assert_as_good(out, truth, truth, FP32)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_results_are_written_where_asked(dtype):
-    """t into the last columns of a wider buffer that held NaN, as fp32 too; dx in place, between rows that stay NaN."""
+    """t into the last columns of a wider buffer that held NaN, as fp32 too; dx between rows that stay NaN."""
     case = make(33, 640, (5, 4), dtype)
     for out_dtype in (dtype, FP32):
         buffer = torch.full((33, 649), float("nan"), dtype=out_dtype, device=DEVICE)
@@ -151,17 +151,16 @@ def test_results_are_written_where_asked(dtype):
         assert buffer[:, :640].isnan().all()
         assert_as_good(out, plain(case, dtype)[0], plain(case, torch.float64)[0], dtype)
     buffer = torch.full((33, 650), float("nan"), dtype=dtype, device=DEVICE)
-    buffer[:, :640] = case.dx
     with backend.use("triton"):
-        add_masked_grad_x(buffer[:, :640], case.dt, case.a, case.bits, case.ranks, P)
+        masked_grad_x(case.dt, case.a, case.bits, case.ranks, P, out=buffer[:, :640])
     assert buffer[:, 640:].isnan().all()
     assert_as_good(buffer[:, :640], plain(case, dtype)[2], plain(case, torch.float64)[2], dtype)
 
 
 def test_nan_around_the_inputs_is_never_read():
-    """Columns behind x, A, dt and dx, and bits behind the last column, reach no result."""
+    """Columns behind x, A and dt, and bits behind the last column, reach no result."""
     case = make(19, 77, (3, 6), FP32)
-    for tensor in (case.x, case.a, case.dt, case.dx):
+    for tensor in (case.x, case.a, case.dt):
         tensor._base[:, tensor.shape[1] :] = float("nan")
     before = run(case)
     case.bits[..., -1] ^= 0b11100000  # columns 77, 78 and 79
@@ -331,7 +330,7 @@ def test_ranks_are_cut_and_packed_into_launches():
 
 def test_refusals():
     case = make(4, 16, (2, 3), BF16)
-    x, bits, a, dt, dx, ranks = case
+    x, bits, a, dt, ranks = case
     for call, message in (
         (lambda: masked_product(x, bits[:1], a, ranks, P), "masked_product: bits is"),
         (lambda: masked_product(x, bits[..., :1], a, ranks, P), "masked_product: bits is"),
@@ -340,7 +339,7 @@ def test_refusals():
         (lambda: masked_product(x, bits, a, ranks, 1.0), r"p is 1\.0"),
         (lambda: masked_product(x, bits, a, ranks, P, out=x), "out is"),
         (lambda: masked_grad_a(dt[:, :4], x, bits, ranks, P), "masked_grad_a: dt is"),
-        (lambda: add_masked_grad_x(dx, dt, a[:, :8], bits, ranks, P), "add_masked_grad_x: a is"),
+        (lambda: masked_grad_x(dt, a[:, :8], bits, ranks, P, out=x), "masked_grad_x: a is"),
         (lambda: masked_product(x.double(), bits, a, ranks, P), r"x is torch\.float64"),
         (lambda: masked_grad_a(dt.T.contiguous().T, x, bits, ranks, P), "dt has strides"),
     ):

@@ -30,20 +30,32 @@ def test_copy_rows(dtype, rows, columns, pad):
     assert torch.equal(whole[:, :columns], x) and whole[:, columns:].isnan().all()
 
 
+@pytest.mark.parametrize("turned", ["x", "out", "both"])
+def test_rows_that_are_not_contiguous(turned):
+    """A weight that was stored transposed, say."""
+    x, out = torch.randn(7, 5, device=DEVICE), nans(7, 5, dtype=torch.float32)
+    x = x.t().contiguous().t() if turned in ("x", "both") else x
+    out = out.t().contiguous().t() if turned in ("out", "both") else out
+    with backend.use("triton"):
+        copy_rows(x, out)
+    assert torch.equal(out, x) and not torch.equal(x, x.flip(0))
+
+
 def test_copy_rows_refuses_another_shape():
     with pytest.raises(ValueError, match="copy_rows"):
         copy_rows(torch.zeros(2, 3), torch.zeros(3, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("ranks", [(4,), (1,), (3, 5), (7, 2, 4), (8, 8, 8), (2, 1, 3, 2)])
-def test_fill_adapters(dtype, ranks):
-    """More than three adapters go the plain way; all agree with indexing."""
+def test_fill_adapters(dtype, ranks, own):
+    """More than three adapters go the plain way; all agree with indexing. 16-bit adapters are scaled in fp32."""
     k, outs = 37, [11, 5, 20, 6][: len(ranks)]
     width = -(-sum(ranks) // 8) * 8
     adapters, row = [], 0
     for rank, out in zip(ranks, outs, strict=True):
-        a, b = torch.randn(rank, k, device=DEVICE), torch.randn(out, rank, device=DEVICE)
+        a, b = (torch.randn(size, device=DEVICE).to(own) for size in ((rank, k), (out, rank)))
         adapters.append((a, b, 0.7 * rank, slice(row, row + out)))
         row += out
     found = {}
@@ -57,7 +69,7 @@ def test_fill_adapters(dtype, ranks):
     column = 0
     for a, b, scale, rows in adapters:
         expected_a[column : column + len(a)] = a
-        expected_b[rows, column : column + len(a)] = b * scale
+        expected_b[rows, column : column + len(a)] = b.float() * scale
         column += len(a)
     for whole in found.values():
         assert torch.equal(whole[row:, :k], expected_a.to(dtype))
@@ -65,6 +77,16 @@ def test_fill_adapters(dtype, ranks):
             whole[:row, k:], expected_b.to(dtype), rtol=1e-6 if dtype == torch.float32 else 0, atol=0
         )
     assert not torch.equal(expected_b, expected_b.roll(1, 0)), "a block one row off would show"
+
+
+@pytest.mark.parametrize("extended", [True, False])
+def test_b_is_scaled_before_its_one_rounding(extended):
+    b = torch.randn(24, 4, device=DEVICE).bfloat16()
+    adapter = Adapter(torch.randn(4, 40, device=DEVICE), b, 0.7)
+    group = Group((Projection(torch.randn(24, 40, device=DEVICE), None, (adapter,)),))
+    with backend.use("reference"):
+        (scaled,) = assemble(group, torch.float32, extended=extended).scaled_b
+    assert torch.equal(scaled, b.float() * 0.7) and not torch.equal(scaled, (b * 0.7).float())
 
 
 def test_without_b_only_a_is_written():

@@ -11,6 +11,7 @@ import torch
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import qwen2tool.routing.layer
+from qwen2tool.kernels import backend
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route
@@ -264,6 +265,34 @@ def test_sixteen_bit_error_is_no_larger_than_the_reference_s(dtype):
         ratios = [relative_error(found[n], truth[n]) / relative_error(plain[n], truth[n]) for n in truth]
         logs.append(sum(math.log(ratio) for ratio in ratios) / len(ratios))
     assert sorted(logs)[-3] < math.log(FACTOR) and sum(logs) / len(logs) < math.log(0.95), [math.exp(x) for x in logs]
+
+
+def test_a_backward_inside_autocast_is_the_same():
+    """Left inside by a loop of one's own: nothing of it is cast."""
+    found = []
+    for enabled in (False, True):
+        model = lora_model(dtype=torch.bfloat16)
+        assert route(model).counts == {"fused layer": 3}
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=batch(), use_cache=False).logits.square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0] and all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+def test_a_weight_that_is_stored_transposed():
+    """Its rows are not contiguous, which kernels that copy rows must not take for granted."""
+    model = lora_model()
+    right = logits_and_gradients(model, input_ids=batch())
+    stack, _ = find_stack(model)
+    for layer in stack.layers:
+        weight = layer.mlp.up_proj.base_layer.weight
+        weight.data = weight.data.t().contiguous().t()
+    assert route(model).counts == {"fused layer": 3}
+    with backend.use("triton"):
+        found = logits_and_gradients(model, input_ids=batch())
+    assert worst({name: relative_error(found[name], right[name]) for name in right})[1] < 1e-4
 
 
 @pytest.mark.parametrize("fused", [False, True])

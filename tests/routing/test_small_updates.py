@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 
 import qwen2tool.routing.stack
 from qwen2tool.kernels import lora
+from qwen2tool.kernels.dropout import unpack_bits
 from qwen2tool.kernels.group import Adapter, Group, Projection, assemble
-from qwen2tool.kernels.lora import group_forward, new_rows
+from qwen2tool.kernels.lora import draw_bits, group_backward, group_forward, new_rows, rows_of
 from qwen2tool.routing import layer, operands
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route
@@ -77,6 +78,70 @@ def test_of_a_group(extended, dtype, residual, kind):
     assert dtype == torch.float16 or max(lost) < 0.6, lost
 
 
+@DTYPES
+@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["all kept", "dropout"])
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_of_the_gradient_of_x(extended, dtype, dropout, kind):
+    """LoRA's part of dx, a hundred times below what the weights give, over all of a group's projections."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    projections, outs = [], (96, 64)
+    for out in outs:
+        weight, step = randn(out, COLUMNS).to(dtype), STEP
+        if kind:
+            (weight, _), step = quantised((out, COLUMNS), kind=kind, seed=out), 5 * STEP  # its weights are larger
+        adapter = Adapter(randn(RANK, COLUMNS) * COLUMNS**-0.5, step * randn(out, RANK).sign(), 0.5)
+        projections.append(Projection(weight, None, (adapter,)))
+    dy = randn(TOKENS, sum(outs)).to(dtype)
+    seed = torch.tensor(3, device=DEVICE)
+
+    def gradient(*adapted):
+        group = Group(tuple(adapted), dropout)
+        weights, bits = assemble(group, dtype, extended=extended), draw_bits(group, TOKENS, seed)
+        rows = rows_of(dy, group.width)
+        if extended and not dropout:
+            rows = new_rows(TOKENS, group.rows, group.width, weights)
+            rows.plain.copy_(dy)
+        return group_backward(rows, group, weights, bits).double()
+
+    zero = [p._replace(adapters=tuple(a._replace(b=a.b * 0) for a in p.adapters)) for p in projections]
+    base, bits = gradient(*zero), draw_bits(Group(tuple(projections), dropout), TOKENS, seed)
+    keep = torch.ones(2, 1, 1, device=DEVICE) if bits is None else unpack_bits(bits, COLUMNS) / (1 - dropout)
+    wanted = sum(
+        keep[index].double() * ((part.double() @ a.b.double()) @ a.a.double() * a.scale)
+        for index, (part, p) in enumerate(zip(dy.split(outs, 1), projections, strict=True))
+        for a in p.adapters
+    )
+    assert abs(gain(gradient(*projections) - base, wanted) - 1) < 0.15
+    lost = gain((base + wanted).to(dtype).double() - base, wanted)
+    assert lost < 0.6, f"the negative control: added to what is rounded already, {lost}"
+
+
+@DTYPES
+def test_stream_and_bias_are_added_before_the_rounding(extended, dtype):
+    """Both on one projection: the error is that of one rounding, not of two."""
+    generator = torch.Generator().manual_seed(2)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    x, stream, bias = randn(TOKENS, COLUMNS).to(dtype), randn(TOKENS, 96).to(dtype), randn(96).to(dtype)
+    weight = randn(96, COLUMNS).to(dtype) * COLUMNS**-0.5
+    adapter = Adapter(randn(RANK, COLUMNS), torch.zeros(96, RANK, device=DEVICE), 0.5)
+    group = Group((Projection(weight, bias, (adapter,)),))
+    weights = assemble(group, dtype, extended=extended)
+    rows = new_rows(TOKENS, COLUMNS, group.width, weights)
+    rows.plain.copy_(x)
+    base = stream.double() + x.double() @ weight.double().T
+    right = base + bias.double()
+    once, twice = (right.to(dtype) - right).norm(), (base.to(dtype) + bias).double() - right
+    assert (group_forward(rows, group, weights, residual=stream) - right).norm() < 1.05 * once
+    assert twice.norm() > 1.2 * once, "the negative control"
+
+
 def stream(dtype, kind, size, *, routed):
     """What the last norm of a model of one layer gets; the adapters of `kind` have a B of `size`, the others zero."""
     config = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -119,6 +184,14 @@ def test_of_a_layer(extended, kind):
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_of_a_group_on_a_gpu(extended, dtype, residual, kind):
     test_of_a_group(extended, dtype, residual, kind)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("dropout", [0.0, 0.25], ids=["all kept", "dropout"])
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_of_the_gradient_of_x_on_a_gpu(extended, dtype, dropout, kind):
+    test_of_the_gradient_of_x(extended, dtype, dropout, kind)
 
 
 @pytest.mark.gpu

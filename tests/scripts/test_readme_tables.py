@@ -95,6 +95,9 @@ def test_losses_are_held_against_hf_where_it_has_run():
                            "losses": [14.0, 13.003, 12.5]}  # fmt: skip
     rows = speed_tables.speed_table({"seed": part}).splitlines()[2:]
     assert len(rows) == 2 and all(row.endswith("| 0.003 |") for row in rows)
+    for word in (float("nan"), "nan", "inf"):  # as it is measured, and as files have it
+        part["peers"]["ours"]["losses"] = [14.0, word, 12.5]
+        assert speed_tables.speed_table({"seed": part}).splitlines()[2].endswith("| not finite |")
     del part["peers"]["ours"]["losses"]
     assert speed_tables.speed_table({"seed": part}).splitlines()[2].endswith("| - |")
 
