@@ -1,7 +1,8 @@
 """Dropout masks as bits, drawn by counter: an independent mask for each of P projections, replayable from its seed.
 
 A mask need not be stored between forward and backward: (seed, stream, projection, position) decides every element, so
-the backward, or a recomputed forward, draws it again. PEFT drops the input of each LoRA projection on its own; so do these.
+the backward, or a recomputed forward, draws it again. PEFT drops the input of each LoRA projection on its own; so do
+these.
 
     bits: (P, N, ceil(K/8)) uint8; bit j of byte b of a row says whether column 8 b + j is kept.
     r = Philox4x32-7(counter = (low and high half of the byte's index in its mask, projection, stream), key = seed)

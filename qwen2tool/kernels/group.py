@@ -111,7 +111,7 @@ class Weights(NamedTuple):
 
 def prefers_extended(group: Group, tokens: int) -> bool:
     """Whether filling M, in the forward and again in the backward (8 O K bytes), is cheaper than adding LoRA to y in
-    fp32 (24 N O). Without adapters there is nothing to add, and weights serve where they lie, unless they are packed."""
+    fp32 (24 N O). Without adapters there is nothing to add: weights serve where they lie, unless they are packed."""
     quantised = all(isinstance(projection.weight, Quantised) for projection in group.projections)
     return quantised or (bool(group.adapters) and 3 * tokens > group.columns)
 

@@ -7,16 +7,16 @@ With m_p = keep_p / (1 - p) for adapter p (its bits as `dropout.keep_bits` draws
     for x        sum_p m_p . (dt_p A_p)                (N, K)        `masked_grad_x`
 
 bits: (P, N, ceil(K/8)) uint8; A and dA as (R, K), t and dt as (N, R), R = sum r_p, adapter after adapter. bf16, fp16 or
-fp32; A and dt are rounded to the dtype of x (of `out`) where theirs differs. Accumulation is in fp32, the factor 1/(1-p) is
-applied to the sum, and there is one rounding at the end. Nothing is atomic: the same inputs give the same bits.
+fp32; A and dt are rounded to the dtype of x (`out`) where theirs differs. Accumulation is in fp32, the factor 1/(1-p)
+is applied to the sum, and there is one rounding at the end. Nothing is atomic: the same inputs give the same bits.
 
-Cost: 2 N K R operations each. x is read (`out` written) once for all adapters whose padded ranks (16, 32, 64 ...; from 64 on in
-the forward in 16 bit) add up to 256 or less (fp32: 64), and P/8 bytes an element of masks beside its 2; PyTorch would
-write and read a dropped copy of x for each of them, 8 P bytes an element. Where the rows (or columns) give too few
-programs for the GPU, the contraction is cut into S parts, as many as the shape says, whose fp32 sums are added in a
-fixed order by a second launch. Those S N R (S R K) numbers are written and read once more, 8 bytes each, and are memory
-while the op runs: `masked_product` on N tokens of K = 4096 and three adapters of rank 64 takes 6.3 MB for N = 512, 1024
-and 2048, 12.6 MB for 4096 and 8192, none from 8449 on.
+Cost: 2 N K R operations each. x is read (`out` written) once for all adapters whose padded ranks (16, 32, 64 ...; from
+64 on in the forward in 16 bit) add up to 256 or less (fp32: 64), and P/8 bytes an element of masks beside its 2;
+PyTorch would write and read a dropped copy of x for each of them, 8 P bytes an element. Where the rows (or columns)
+give too few programs for the GPU, the contraction is cut into S parts, as many as the shape says, whose fp32 sums are
+added in a fixed order by a second launch. Those S N R (S R K) numbers are written and read once more, 8 bytes each, and
+are memory while the op runs: `masked_product` on N tokens of K = 4096 and three adapters of rank 64 takes 6.3 MB for N
+= 512, 1024 and 2048, 12.6 MB for 4096 and 8192, none from 8449 on.
 
 Source: Hu et al. 2021 (LoRA, arXiv 2106.09685) with dropout on the adapter's input, as PEFT has it.
 """

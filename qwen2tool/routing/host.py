@@ -1,10 +1,10 @@
 """What waits in the host's memory while the GPU computes: layer inputs, and gate and up of some layers.
 
-Tensors travel on a stream of their own: out while the next layers compute, back while the layer above is in its
-backward (67 MB for the input of a layer at 8192 tokens of a 7B, 363 MB for gate and up, beside 5 ms of compute in the
-forward and 12 in the backward). Buffers are pinned, made once, and fixed in place, so that a captured graph may use
-them. Tensors are held until their copy is done instead of being marked with `record_stream`, which would keep memory
-from being reused inside a graph capture.
+Tensors travel on a stream of their own: out while the next layers compute, back while the layer above (for gate and up
+the two above) is in its backward (67 MB for the input of a layer at 8192 tokens of a 7B, 363 MB for gate and up, beside
+5 ms of compute in the forward and 12 in the backward). Buffers are pinned, made once, and fixed in place, so that a
+captured graph may use them. Tensors are held until their copy is done instead of being marked with `record_stream`,
+which would keep memory from being reused inside a graph capture.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def pinned(size: int) -> torch.Tensor:
 
     torch's own allocator has the driver touch page after page and rounds up to a power of two. Here all threads touch
     the pages, and the driver locks them then. Large pages need memory that is private to the process, and a fork must
-    not come between it and the device: a child gets the place, and none of the pages.
+    not come between it and the device: a child gets the place with none of the pages, and reads zeros there.
     """
     pages = _Pages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for advice in (MADV_HUGEPAGE, MADV_WIPEONFORK):
@@ -89,6 +89,8 @@ def pinned(size: int) -> torch.Tensor:
     memory = torch.frombuffer(pages, dtype=torch.uint8).zero_()
     driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(driver.cudaHostRegister(memory.data_ptr(), size, 0)):
+        with suppress(RuntimeError):  # the refusal is reported once more, by the next launch
+            torch.zeros(1, device="cuda")
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     # Bound now: as the interpreter ends, the last memory goes after the names of modules.
     pages.unlock, pages.owner = partial(driver.cudaHostUnregister, memory.data_ptr()), os.getpid()
@@ -132,22 +134,27 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
         self._leaving: deque[Copied] = deque()
         self._arriving: dict[Ticket, Copied] = {}
+        self._pass = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a model begins with nothing."""
         return type(self), ()
 
+    def begin(self) -> None:
+        """Called before a forward. What a pass that ended early left under way is not relied on: a capture may not wait
+        for what began outside of it, and begins with nothing under way."""
+        if (self._leaving or self._arriving) and not torch.cuda.is_current_stream_capturing():
+            assert self._stream is not None
+            self._stream.synchronize()
+        self._leaving.clear()
+        self._arriving.clear()
+        self._pass += 1
+
     def put(self, index: int, name: str, x: torch.Tensor) -> Ticket:
         """Starts the copy of x (N, ...), the `name` of layer `index`."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-        before = self._tickets.get(index, {}).get(name)
-        stale = self._arriving.pop(before, None) if before else None
-        if stale is not None:  # fetched for a backward that ended above this layer
-            stale.wait()
-        while self._leaving and self._leaving[0].layer > index:  # of a forward that no backward followed
-            self._leaving.popleft().wait()
-        ticket = Ticket(index, name, before.number + 1 if before else 0, x.shape)
+        ticket = Ticket(index, name, self._pass, x.shape)
         self._tickets.setdefault(index, {})[name] = ticket
         buffer = self._buffer(ticket, x.dtype)
         self._leaving.append(Copied.start(self._stream, index, x, buffer, out=True))
@@ -190,7 +197,7 @@ class HostStore:
             self._leaving.popleft().wait()
         below, further = (self._tickets.get(layer - distance, {}) for distance in (1, 2))
         for ticket in (*below.values(), *(ticket for name, ticket in further.items() if name in FETCHED_EARLY)):
-            if ticket not in self._arriving:
+            if ticket.number == self._pass and ticket not in self._arriving:
                 self._arriving[ticket] = self._fetch(ticket)
 
     def _fetch(self, ticket: Ticket) -> Copied:

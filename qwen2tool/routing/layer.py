@@ -231,12 +231,14 @@ def _layer_backward(ctx: Any, dy: torch.Tensor) -> Any:
     goes_on = ctx.needs_input_grad[0] and ctx.spec.index > 0
     spec = call.at_work(ctx.spec, ctx.spec.index - 1 if goes_on else None)
     tails = kept.tails or _Tails()
-    if kept.host is not None:
+    if kept.host is not None and goes_on:
         kept.host.fetch_below(spec.index)
     saved = ctx.saved_tensors[0]
     x = saved if kept.x is None else kept.host.take(kept.x)
     own = call.handed.take(dy, spec.index)
-    ctx.kept = _Kept(x=kept.x, host=kept.host)  # other buffers are overwritten below; a second backward recomputes
+    # Other buffers are overwritten below: a second backward recomputes all that is not on the host.
+    on_host = kept.gate_up if isinstance(kept.gate_up, Ticket) else None
+    ctx.kept = _Kept(x=kept.x, gate_up=on_host, host=kept.host)
     need_dx, (need_norm1, need_norm2) = ctx.needs_input_grad[0], ctx.needs_input_grad[-2:]
     attention, h = kept.attention, kept.h
     again = torch.empty_like(x) if attention is None else None

@@ -27,8 +27,8 @@ WORKSPACES = 80_000_000
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 """Logits at a time to choose from."""
 SPARED = (0, 2, 4)
-"""The last so many layers have no gate and up on the host: where the backward begins memory is scarcest, and what comes
-back for them would have to be there then."""
+"""So many layers before the last, which never has, have no gate and up on the host: where the backward begins memory is
+scarcest, and what comes back for them would have to be there then."""
 
 
 @dataclass(frozen=True)

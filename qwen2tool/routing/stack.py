@@ -136,6 +136,15 @@ class RoutedStack(nn.Module):
         """Puts them back on the device, where they stay until the next `settle`; see `swap.restore`."""
         self.host_weights.restore()
 
+    def stop(self) -> None:
+        """Waits for copies under way, whose memory may go then."""
+        self._host.begin()
+        self.host_weights.free_places()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore()  # a pickled weight would lie in no block either
+        return self.__dict__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutedStack:
         self.restore()  # a copied weight would lie in no block
         twin = type(self).__new__(type(self))
@@ -196,6 +205,8 @@ class RoutedStack(nn.Module):
         cos, sin = (table[0, :, :half].contiguous() for table in angles)
         seed = torch.randint(2**62, (), device=x.device) if self._draws_masks() else None
         plan = self.memory or MemoryPlan(())
+        if torch.is_grad_enabled():
+            self._host.begin()
         bare = Call(flat.sequences, cos, sin, dtype, seed, frugal=plan.frugal, tails=plan.tails)
         if self.host_weights.device == x.device:
             self.host_weights.begin()

@@ -45,6 +45,7 @@ def unroute(model: Any) -> None:
     if not isinstance(stack, RoutedStack):
         raise UserError("the model is not routed", "Call route(model) first")
     stack.restore()
+    stack.stop()
     _set(model, name, stack.original)
 
 

@@ -27,7 +27,7 @@ from qwen2tool.routing.host import Copied, Homes
 
 
 class HostWeights:
-    """Pinned blocks, one a layer, fixed in place and never written to again, so that a captured graph may read them."""
+    """Pinned blocks, one a layer, fixed in place and always with the same weights: captured graphs may read them."""
 
     def __init__(self) -> None:
         self._homes: dict[int, Homes] = {}
@@ -39,7 +39,7 @@ class HostWeights:
         self._coming: dict[int, Copied] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy begins with nothing: the model's weights are put back before one is made."""
+        """A copy begins with nothing: `RoutedStack` puts weights back before one is made or pickled."""
         return type(self), ()
 
     def move(self, layers: Mapping[int, nn.Module]) -> None:
@@ -73,6 +73,8 @@ class HostWeights:
 
     def free_places(self) -> None:
         """Gives that memory back. Captured graphs would go on writing to it."""
+        for copied in self._coming.values():
+            copied.wait()
         self._places, self._coming = [], {}
 
     def begin(self) -> None:

@@ -35,10 +35,11 @@ PASS_SECONDS = 0.01
 def embedding_to_host(model: Any) -> None:
     """Moves a frozen, untied embedding table into pinned memory, where the fast path reads it row by row.
 
-    Called right after loading where memory is short, so that adapters and optimizer never meet it on the device.
+    Called right after loading where memory is short, so that adapters and optimizer never meet it on the device; and
+    for a copied model, whose table is on the host and not pinned. A forked process reads zeros there (`host.pinned`).
     """
-    table = model.get_input_embeddings().weight
-    if table.is_cuda and may_wait_on_host(model):
+    table, on_gpu = model.get_input_embeddings().weight, model.get_output_embeddings().weight.is_cuda
+    if on_gpu and not table.is_pinned() and may_wait_on_host(model):
         _move([table])
         torch.cuda.empty_cache()
 

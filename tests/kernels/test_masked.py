@@ -13,8 +13,8 @@ from qwen2tool.kernels import backend, masked
 from qwen2tool.kernels.dropout import keep_bits
 from qwen2tool.kernels.masked import (
     masked_grad_a,
-    masked_grad_x,
     masked_grad_a_reference,
+    masked_grad_x,
     masked_grad_x_reference,
     masked_product,
     masked_product_reference,

@@ -20,10 +20,18 @@ SMAPS = Path("/proc/self/smaps")
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+class Locked(dict):
+    """Sizes by address, and the addresses that were asked to be unlocked, in vain or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+
 @pytest.fixture
 def driver(monkeypatch):
     """What is locked, by address; unlocking reads a byte of it, which ends the process where the memory is gone."""
-    locked = {}
+    locked = Locked()
 
     def register(address, size, flags):
         assert flags == 0
@@ -31,6 +39,7 @@ def driver(monkeypatch):
         return 0
 
     def unregister(address):
+        locked.asked.append(address)
         assert ctypes.string_at(address, 1) == b"\x07"
         del locked[address]
         return 0
@@ -55,6 +64,7 @@ def test_locked_as_long_as_any_view_lives(driver):
 def test_memory_that_was_never_locked_is_not_unlocked(driver, monkeypatch):
     spare = torch.zeros(SIZE, dtype=torch.uint8)
     refuses = SimpleNamespace(cudaHostRegister=lambda *_: 712, cudaHostUnregister=lambda _: pytest.fail("not locked"))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)  # the launch that takes the refusal's error along
     monkeypatch.setattr(torch.cuda, "cudart", lambda: refuses)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: spare[:size])
     assert pinned(SIZE).data_ptr() == spare.data_ptr(), "torch's own, where the driver refuses ours"
@@ -111,28 +121,62 @@ def test_a_child_may_collect_it(driver):
         wiped = not memory[:4096].any()
         del memory
         gc.collect()
-        os._exit(0 if outside and wiped and len(driver) == 1 and all(int(part.sum()) for part in mine) else 1)
+        os._exit(0 if outside and wiped and not driver.asked and all(int(part.sum()) for part in mine) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert memory.eq(7).all() and len(driver) == 1
 
 
 class Stream:
     device = torch.device("cpu")
+    waits = 0
+
+    def synchronize(self):
+        self.waits += 1
 
 
-def test_a_forward_that_no_backward_followed_is_not_held_on_to(monkeypatch):
-    """What it left under way would stand before all that the next forward puts there."""
+@pytest.fixture
+def stream(monkeypatch):
+    """In the place of CUDA's; copies to and from the host are under way until somebody waits for them."""
+    made = Stream()
     monkeypatch.setattr(host, "pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(Copied, "start", lambda stream, layer, tensor, source, out=False: Copied(layer, tensor, None))
     monkeypatch.setattr(Copied, "wait", lambda copied: None)
+    return made
+
+
+@pytest.mark.parametrize("forwards", [(12, 5, 12), (2, 12), (3, 12), (1, 1, 1, 12)], ids=str)
+def test_a_forward_that_no_backward_followed_is_not_held_on_to(forwards, stream):
+    """What it left under way would stand before all that the next forward puts there."""
     store, most = HostStore(), []
-    for layers in (12, 5, 12):
+    for layers in forwards:
+        store.begin()
         for index in range(layers):
             store.put(index, "x", torch.zeros(4))
             store.let_go(index)
             most.append(len(store._leaving))
-    assert max(most) == LAG, most
+    assert max(most) == LAG and stream.waits == len(forwards) - 1, most
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_pass_begins_with_nothing_under_way(capturing, stream, monkeypatch):
+    """A backward that broke off has fetched what nobody took. A capture may not wait for it: whoever begins one has."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    store = HostStore()
+    store.begin()
+    for index in range(5):
+        store.put(index, "x", torch.zeros(4))
+        store.put(index, "gate_up", torch.zeros(4))
+    store.fetch_below(4)
+    assert len(store._arriving) == 3
+    store.begin()
+    assert not store._leaving and not store._arriving and stream.waits == (0 if capturing else 1)
+    store.fetch_below(4)
+    assert not store._arriving, "what an earlier pass put there is of no use to this one"
+    store.put(3, "x", torch.zeros(4))
+    store.fetch_below(4)
+    assert [ticket.name for ticket in store._arriving] == ["x"], "the control: its own is"
 
 
 def test_homes_stand_side_by_side(monkeypatch):

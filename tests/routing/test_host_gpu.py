@@ -7,6 +7,7 @@ import torch
 
 from qwen2tool.routing.host import HostStore, pinned
 from qwen2tool.routing.memory import MemoryPlan
+from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route, unroute
 from tests.routing.models import batch, logits_and_gradients, lora_model
 
@@ -39,6 +40,7 @@ def crowd(rows=700):
 def test_taken_back_as_it_was_put(dtype):
     store, originals = HostStore(), tensors(dtype=dtype)
     for number in range(3):  # buffers are used again by later passes
+        store.begin()
         kept = [x + number for x in originals]
         tickets = []
         for index, x in enumerate(kept):
@@ -56,6 +58,7 @@ def test_two_of_a_layer_and_other_shapes():
     """Names do not meet; a smaller and a larger pass than the first; rows of another stride."""
     store = HostStore()
     for rows in (300, 10, 700, 1):
+        store.begin()
         x, wide = torch.randn(rows, 64, device="cuda"), torch.randn(rows, 200, device="cuda")[:, :123]
         for index in range(2):
             tickets = store.put(index, "x", x + index), store.put(index, "gate_up", wide)
@@ -87,6 +90,7 @@ def test_a_second_pass_before_the_backward_of_the_first_is_refused():
     store = HostStore()
     x = torch.randn(8, 4, device="cuda")
     first = store.put(0, "x", x)
+    store.begin()
     second = store.put(0, "x", x + 1)
     with pytest.raises(RuntimeError, match="a second forward pass came before the backward of the first"):
         store.take(first)
@@ -99,6 +103,7 @@ def test_passes_that_are_given_up_leave_nothing_on_the_gpu():
     x = torch.randn(1 << 20, 4, device="cuda")
     held = []
     for _ in range(4):
+        store.begin()
         tickets = [store.put(index, "x", x) for index in range(3)]
         store.fetch_below(2)
         store.take(tickets[2])
@@ -193,15 +198,49 @@ def test_evaluation_between_forward_and_backward_takes_nothing_away():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_second_backward_over_a_retained_graph():
-    """It may be asked for (torch's own tests of gradients do): the inputs come back from the host once more."""
+@pytest.mark.parametrize("name", PLANS)
+def test_a_second_backward_over_a_retained_graph(name):
+    """It may be asked for (torch's own tests of gradients do): what is on the host comes back once more."""
     model = half(lora_model(config=LARGER))
-    route(model, memory=PLANS["inputs"])
+    route(model, memory=PLANS[name])
     with torch.autocast("cuda", torch.bfloat16):
         loss = model(input_ids=batch(2, 64).cuda(), use_cache=False).logits.float().sum()
     trained = [p for p in model.parameters() if p.requires_grad]
     first = torch.autograd.grad(loss, trained, retain_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, trained), strict=True))
+    assert not find_stack(model)[0]._host._arriving, "and all of it was taken"
+
+
+def test_nothing_is_fetched_for_layers_that_are_not_trained():
+    """Frozen after a pass in which they were: what they put on the host then is still there."""
+    model = half(lora_model(config=LARGER))
+    route(model, memory=PLANS["inputs, gate and up"])
+    for frozen in (0, 3):
+        for name, parameter in model.named_parameters():
+            if any(f"layers.{index}." in name for index in range(frozen)):
+                parameter.requires_grad_(False)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=batch(2, 64).cuda(), use_cache=False).logits.float().sum()
+        loss.backward()
+        stack, _ = find_stack(model)
+        assert not stack._host._arriving and len(stack._host._tickets) == LAYERS - 1
+
+
+def test_after_a_refusal_of_the_driver_all_goes_on(monkeypatch):
+    """It would be reported once more by the next launch, whosever that is."""
+    real = torch.cuda.cudart()
+    refusals = []
+
+    class Refuses:
+        @staticmethod
+        def cudaHostRegister(address, size, flags):
+            refusals.append(int(real.cudaHostRegister(address, size, 1 << 20)))
+            return refusals[-1]
+
+    monkeypatch.setattr(torch.cuda, "cudart", Refuses)
+    memory = pinned(1 << 20)
+    assert refusals and refusals[0] != 0 and memory.is_pinned()
+    assert float(torch.ones(3, device="cuda").sum()) == 3
 
 
 def test_memory_goes_when_its_copy_is_done():

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from qwen2tool.routing.memory import WORKSPACES, _candidates, _lift, _most, plan_memory
+import qwen2tool.routing.memory
+from qwen2tool.routing.memory import SPARED, WORKSPACES, _candidates, _lift, _most, plan_memory
 from qwen2tool.routing.sizes import Sizes
 
 LARGE = Sizes(
@@ -116,6 +117,15 @@ def test_the_host_is_used_for_what_it_can_take():
         assert not plan_memory(replace(LARGE, embedding=0), budget).host_embedding
     assert plan_memory(LARGE, 8 * 10**9).host_embedding
     assert plan_memory(LARGE, 8 * 10**9).host_gate_up
+
+
+def test_the_last_layers_are_spared_where_memory_is_short(monkeypatch):
+    """What comes back for them would be there where the backward begins, and the room is worth layers kept."""
+    spared = plan_memory(LARGE, 7_500_000_000)
+    assert spared.host_gate_up and max(spared.host_gate_up) < LARGE.layers - 1 - SPARED[-1]
+    monkeypatch.setattr(qwen2tool.routing.memory, "SPARED", (0,))
+    without = plan_memory(LARGE, 7_500_000_000)
+    assert max(without.host_gate_up) >= LARGE.layers - 1 - SPARED[-1] and without.saved < 0.8 * spared.saved
 
 
 def test_a_table_that_is_on_the_host_already_stays_there():

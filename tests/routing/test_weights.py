@@ -246,6 +246,15 @@ def test_what_belongs_to_a_device_is_not_pickled(journal):
     assert not loaded._homes and not pickle.loads(pickle.dumps(stack._host))._buffers
 
 
+def test_weights_are_put_back_before_a_model_is_pickled(journal):
+    model = four_bit()
+    route(model, memory=AWAY)
+    wanted = results(model)
+    assert away(model) == [1, 2, 3]
+    loaded = pickle.loads(pickle.dumps(model))
+    assert away(model) == [] == away(loaded) and same(results(loaded), wanted)
+
+
 def test_a_cpu_keeps_its_weights():
     """Without the stand-in nothing moves, and a plan that would move weights changes nothing."""
     model = four_bit()

@@ -287,6 +287,24 @@ def test_with_inputs_on_the_host(model):
         assert [different(a, b) for a, b in zip(runs[0], other, strict=True)] == [[]] * 8
 
 
+def test_a_forward_without_a_backward_does_not_break_a_capture(model):
+    """It leaves copies to the host under way, for which a capture must not wait."""
+    plan, runs = MemoryPlan(("input", "mlp", "input"), 2, frozenset({1})), []
+    for early in (False, True):
+        run = Run(model, graphs=True, memory=plan)
+        run.passes(batch_of(SHORT, 0))
+        if early:
+            state = torch.cuda.get_rng_state()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = run.loss(batch_of(SHORT, 1))["loss"]
+            assert loss.requires_grad
+            torch.cuda.set_rng_state(state)
+        outcomes = [run.passes(batch_of(SHORT, seed))["loss"] for seed in (2, 3)]
+        assert run.passes.captured == 1
+        runs.append([*outcomes, *(p.grad for p in run.parameters)])
+    assert different(*runs) == []
+
+
 def eager_collector():
     """Every allocation that can, collects: what is found is what was made since, and what came before is left out."""
     gc.collect()
