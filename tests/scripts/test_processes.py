@@ -135,6 +135,7 @@ from contextlib import closing
 from pathlib import Path
 from benchmarks.processes import Ahead, Process
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 here = Path({str(tmp_path)!r})
 with closing(Ahead(lambda _: Process(here / "script.py", [], here, dict(os.environ)))) as ahead:
     running = ahead.take("hf")
