@@ -7,11 +7,13 @@ x: (N, K), W_p: (O_p, K) frozen in 16 or 32 bit or NF4/FP4, A_j: (r_j, K), B_j: 
 *Extended* form: with T_j = drop_j(x) A_j^T standing behind x, [x | T], and s_j B_j behind the rows of W_p, one product
 with K + R columns does base, LoRA and all projections at once; the backward is one product with [dy | dy s B] and
 [W; A]; both operands live in one scratch (`group.Weights`). It is exact (one accumulation, so one rounding instead of
-two) and reads x and y once. *Separate* form: W_p is used where it lies, LoRA is added to it in fp32, and y is rounded
-from that, which costs 24 N O bytes more; it wins for a third as many tokens as columns, or fewer, over a 16-bit base.
-There and under dropout the backward writes LoRA's part of dx first, rounded by itself, and one product a projection is
-accumulated on it: in fp32 on a CPU, while cuBLAS on an H200 was seen to round a 16-bit product before it adds it, so
-that of dx what lies below half a unit of its rounding is lost there.
+two) and reads x and y once. *Separate* form: W_p is used where it lies, LoRA and products are added in fp32 and rounded
+from that, y and a group's dx alike, which costs 24 N O bytes more in the forward; it wins for a third as many tokens as
+columns, or fewer, over a 16-bit base.
+
+Under dropout the backward writes LoRA's part of dx first, rounded by itself, and the product is accumulated on it: in
+fp32 on a CPU, while cuBLAS on an H200 was seen to round a 16-bit product before it adds it, so that of LoRA's part what
+lies below half a unit of dx's rounding is lost there.
 
 Adapters of any rank >= 1; R is their sum rounded up to a multiple of 8, the pad being zeros. Products accumulate in
 fp32; gradients of A and B leave in fp32 without a rounding to 16 bit in between.
@@ -219,12 +221,17 @@ def group_backward(
         masked_grad_x(dy.tail[:, :used], weights.a[:used], bits, group.ranks, group.dropout, out=dx)
     elif used:
         torch.mm(dy.tail, weights.a, out=dx)
-    for index, (_, span, base) in enumerate(_bases(group, weights, dy.plain.dtype)):
-        if used or index:
-            dx.addmm_(dy.plain[:, span], base)
+    total, written = dx, used > 0
+    if weights.matrix is None and len(group.projections) > 1 and dx.dtype in HALVES:
+        total = dx.float() if written else torch.zeros_like(dx, dtype=torch.float32)
+        written = True
+    for _, span, base in _bases(group, weights, dy.plain.dtype):
+        if written:
+            _accumulate(total, dy.plain[:, span], base)
         else:
-            torch.mm(dy.plain[:, span], base, out=dx)
-    return dx
+            torch.mm(dy.plain[:, span], base, out=total)
+        written = True
+    return dx if total is dx else dx.copy_(total)
 
 
 def project_back(dy: Rows, group: Group, weights: Weights) -> None:

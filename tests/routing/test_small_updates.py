@@ -84,7 +84,8 @@ def test_of_a_group(extended, dtype, residual, kind):
 def test_of_the_gradient_of_x(extended, dtype, dropout, kind):
     """LoRA's part of dx, far below what the weights give, over all of a group's projections.
 
-    Not on a Hopper GPU, whose cuBLAS rounds a product before it adds it to what is there (`kernels.lora`).
+    Under dropout in the extended form not on a Hopper GPU, whose cuBLAS rounds a product before it adds it to what is
+    there (`kernels.lora`).
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -187,6 +188,14 @@ def test_of_a_layer(extended, kind):
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_of_a_group_on_a_gpu(extended, dtype, residual, kind):
     test_of_a_group(extended, dtype, residual, kind)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_of_the_gradient_of_x_on_a_gpu(extended, dtype, kind):
+    for dropout in (0.0,) if extended else (0.0, 0.25):
+        test_of_the_gradient_of_x(extended, dtype, dropout, kind)
 
 
 @pytest.mark.gpu
