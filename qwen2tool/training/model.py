@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +75,7 @@ def trainable_model(checkpoint: Checkpoint, settings: TrainSettings, placement: 
             "Train on the 16-bit checkpoint, with --quantize nf4 if memory is short",
         )
     adapter = _fitting_adapter(checkpoint, settings.adapter)
+    hash_compiler(placement.device)
     model = load_model(checkpoint, dtype=placement.dtype, device=placement.device, nf4=settings.quantize == "nf4")
     model.config.use_cache = False
     if adapter is not None:
@@ -89,6 +92,17 @@ def trainable_model(checkpoint: Checkpoint, settings: TrainSettings, placement: 
     if settings.memory_budget is not None:  # before gradients and the optimizer come
         embedding_to_host(model)
     return model
+
+
+def hash_compiler(device: str) -> None:
+    """Lets Triton hash its own files in a thread, which the first kernel of a process waits for otherwise (0.4 s, more
+    from a cold disk). Called before weights are loaded: copies and hashes leave the interpreter alone."""
+    if not device.startswith("cuda"):
+        return
+    with suppress(ImportError):  # it is not of Triton's documented names
+        from triton.runtime.cache import triton_key
+
+        Thread(target=triton_key).start()
 
 
 def fresh_lora(model: Any, *, rank: int, alpha: int, dropout: float, targets: Iterable[str]) -> Any:

@@ -23,7 +23,7 @@ from qwen2tool.routing.memory import Recompute
 from qwen2tool.routing.swap import send_away
 from qwen2tool.training.fast import embedding_to_host, put_on_fast_path
 from qwen2tool.training.forward import log_probs
-from qwen2tool.training.model import fresh_lora
+from qwen2tool.training.model import fresh_lora, hash_compiler
 from qwen2tool.training.passes import Batch, Outcome, Passes
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,6 +75,7 @@ class Stepper:
     def from_checkpoint(cls, path: Path, options: StepOptions) -> Stepper:
         """Loads `path` and puts a fresh LoRA on it."""
         torch.manual_seed(options.seed)
+        hash_compiler(options.device)
         model = load_model(
             open_checkpoint(path), dtype=options.dtype, device=options.device, nf4=options.quantize == "nf4"
         )

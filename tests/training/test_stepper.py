@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
+from triton.runtime.cache import triton_key
 
+from qwen2tool.training.model import hash_compiler
 from qwen2tool.training.stepper import LINEARS, StepOptions, Stepper
 from tests.routing.models import batch, fill_adapters
 from tests.tiny import TARGETS
@@ -151,3 +154,14 @@ def test_steps_go_on_when_graphs_are_forgotten(base_folder):
         several = batches(seed=seed)
         assert relative_error(stepper.step(several), plain.step(several)) < 1e-5
         stepper.forget_graphs()
+
+
+@pytest.mark.parametrize(("device", "hashed"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
+def test_triton_hashes_its_files_while_weights_are_loaded(device, hashed):
+    """For a GPU, and in time for the first kernel, which finds the result."""
+    triton_key.cache_clear()
+    before = set(threading.enumerate())
+    hash_compiler(device)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert triton_key.cache_info().currsize == hashed
