@@ -53,7 +53,9 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numeric_from: int = 1) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numeric_from: int = 1, *, stderr: bool = False
+) -> None:
     """A table; the columns from `numeric_from` on are set flush right."""
     from rich import box
     from rich.table import Table
@@ -63,7 +65,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, justify="right" if position >= numeric_from else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    console().print(table, markup=False)
+    console(stderr).print(table, markup=False)
 
 
 def _cell(value: object) -> str:

@@ -6,6 +6,8 @@ PyTorch reference in the same dtype, plus FLOOR (what one rounding of the output
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 FACTOR = 1.5
@@ -30,3 +32,27 @@ def assert_as_good(out: torch.Tensor, reference: torch.Tensor, truth: torch.Tens
     """Passes `out` if its error against `truth` is within the rule; `reference` is PyTorch in `dtype`."""
     error, limit = relative_error(out, truth), bound(reference, truth, dtype)
     assert error <= limit, f"error {error:.2e} above {limit:.2e} (reference {relative_error(reference, truth):.2e})"
+
+
+EACH, LOST = 6.0, 0.5
+"""Of many errors that are compared together: what a single one may be beside the other's, and what none may be."""
+LEAST = 1e-12
+"""Of an error, where a ratio is taken."""
+
+
+def ratio(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Geometric mean over all tensors of our error by theirs; infinite where ours is."""
+    if not all(map(math.isfinite, ours.values())):
+        return math.inf
+    logs = [math.log((ours[name] + LEAST) / (theirs[name] + LEAST)) for name in ours]
+    return math.exp(sum(logs) / len(logs))
+
+
+def assert_no_worse(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    """Our errors may be FACTOR times theirs over all tensors together, and EACH times in a single one, where a gradient
+    that is lost (error 1) would be drowned by dozens that are right."""
+    found = ratio(ours, theirs)
+    assert found <= FACTOR, (found, {name: (ours[name], theirs[name]) for name in ours})
+    wrong = {name: (ours[name], theirs[name]) for name in ours if ours[name] > min(EACH * theirs[name] + LEAST, LOST)}
+    assert not wrong, wrong
+    return found

@@ -41,6 +41,7 @@ def train(
     memory_budget: Annotated[
         float | None, typer.Option(help="GPU memory of the loaded run, in GB. [what is free]")
     ] = None,
+    embedding: Annotated[str | None, typer.Option(help="Embedding table: auto, or host (pinned). [auto]")] = None,
     graphs: Annotated[str | None, typer.Option(help="CUDA graphs: auto or off. [auto]")] = None,
     routes: Annotated[str | None, typer.Option(help="Layers: auto (fused) or reference. [auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,

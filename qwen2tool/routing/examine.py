@@ -8,6 +8,7 @@ hooks or options are not known here goes to the reference path, with the reason 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,11 +79,12 @@ class LayerSpec:
         return [tensor for group in self.groups for tensor in group.parameters] + [self.norm1, self.norm2]
 
 
-def examine_stack(stack: Any) -> list[LayerSpec | NotFused]:
+def examine_stack(stack: Any, left: Collection[int] = ()) -> list[LayerSpec | NotFused]:
     """Every layer of the inner model as data, or why it takes the reference path: what the plan says and a pass does.
 
     Args:
         stack: transformers' `Qwen2Model`, whole.
+        left: layers that somebody wants to take it.
 
     Raises:
         NeedsBatch: why no layer may be run apart from transformers' own pass.
@@ -100,7 +102,9 @@ def examine_stack(stack: Any) -> list[LayerSpec | NotFused]:
     found: list[LayerSpec | NotFused] = []
     for index, layer in enumerate(stack.layers):
         try:
-            found.append(examine_layer(layer, stack.config, index))
+            spec = examine_layer(layer, stack.config, index)
+            _require(index not in left, "asked for")
+            found.append(spec)
         except NeedsBatch as why:
             raise NeedsBatch(f"in layer {index}: {why}") from None
         except NotFused as why:

@@ -7,7 +7,7 @@ fusion that does not run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,16 +44,23 @@ class RoutePlan:
         """Whether every layer is."""
         return set(self.counts) == {"fused layer"}
 
+    @property
+    def left(self) -> frozenset[int]:
+        """Indices of the layers that are transformers' own."""
+        layers = (r for r in self.routes if r.implementation == "reference" and r.module.split(".")[-1].isdigit())
+        return frozenset(int(r.module.split(".")[-1]) for r in layers)
+
     def to_json(self) -> list[dict[str, str]]:
         """Plain values."""
         return [vars(route).copy() for route in self.routes]
 
 
-def plan_routes(model: Any, *, reference: bool = False) -> RoutePlan:
+def plan_routes(model: Any, *, reference: bool = False, left: Collection[int] = ()) -> RoutePlan:
     """The plan for a transformers Qwen2 (under PEFT or not, routed already or not); nothing is touched.
 
     Args:
         reference: leave every layer to transformers, as `route` does with the same argument.
+        left: layers to leave to transformers, as `route` does with the `left` of its plan.
 
     Raises:
         UserError: another architecture.
@@ -61,19 +68,19 @@ def plan_routes(model: Any, *, reference: bool = False) -> RoutePlan:
     stack, prefix = find_stack(model)
     original = vars(stack).get("original", stack)
     routes = [Route(f"{prefix}.embed_tokens", "reference", "a lookup")]
-    layers = _layers(original, reference)
+    layers = _layers(original, reference, left)
     for index, layer in enumerate(layers):
         routes += _layer_routes(layer, f"{prefix}.layers.{index}")
     routes += [_norm_route(original.norm, f"{prefix}.norm", layers[-1]), *_head_routes(model, prefix)]
     return RoutePlan(tuple(routes))
 
 
-def _layers(original: Any, reference: bool) -> list[LayerSpec | NotFused]:
+def _layers(original: Any, reference: bool, left: Collection[int]) -> list[LayerSpec | NotFused]:
     """What `examine_stack` finds, or for every layer why none is fused."""
     if reference:
         return [NotFused("asked for")] * len(original.layers)
     try:
-        return examine_stack(original)
+        return examine_stack(original, left)
     except NeedsBatch as why:
         return [why] * len(original.layers)
 

@@ -14,9 +14,14 @@ from qwen2tool.routing.plan import Route, RoutePlan
 LAYER = re.compile(r"layers\.(\d+)\.?(.*)")
 
 
+def print_routes(plan: RoutePlan, *, stderr: bool = False) -> None:
+    """The table of `fold`."""
+    print_table("", ("module", "runs", "why"), _rows(fold(plan)), numeric_from=3, stderr=stderr)
+
+
 def print_plan(plan: RoutePlan) -> None:
-    """The table of `fold`, then how many layers are fused."""
-    print_table("", ("module", "runs", "why"), _rows(fold(plan)), numeric_from=3)
+    """The table, then how many layers are fused."""
+    print_routes(plan)
     say("")
     say(f"{summary(plan)}, in training with the base frozen")
 

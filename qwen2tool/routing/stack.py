@@ -42,6 +42,7 @@ class RoutedStack(nn.Module):
         memory: what each layer keeps for its backward; None leaves it to the model's gradient checkpointing switch.
         residual_dtype: of the stream between layers; None takes that of the products.
         reference: run every layer as transformers' own.
+        left: indices of layers that run so.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class RoutedStack(nn.Module):
         memory: MemoryPlan | None = None,
         residual_dtype: torch.dtype | None = None,
         reference: bool = False,
+        left: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
         # One dict, so that a child exchanged in either (modules_to_save, resized embeddings) is exchanged in both.
         self.__dict__["_modules"] = original._modules
         object.__setattr__(self, "original", original)  # not a sub-module: its parameters would be named twice
-        self.memory, self.residual_dtype, self.reference = memory, residual_dtype, reference
+        self.memory, self.residual_dtype, self.reference, self.left = memory, residual_dtype, reference, left
         self._host, self._unpacked = HostStore(), Unpacked()
         self.host_weights = HostWeights()
         self._centres: dict[int, tuple[Any, torch.Tensor | None]] = {}
@@ -190,7 +192,7 @@ class RoutedStack(nn.Module):
             plain = self.original.config._attn_implementation == "sdpa"  # others take no mask of ours
             return [NotFused("asked for")] * len(self.layers) if plain else None
         try:
-            return examine_stack(self.original)
+            return examine_stack(self.original, self.left)
         except NeedsBatch:
             return None
 

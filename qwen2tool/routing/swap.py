@@ -13,11 +13,18 @@ from qwen2tool.routing.stack import RoutedStack
 
 
 def route(
-    model: Any, *, memory: MemoryPlan | None = None, residual_dtype: torch.dtype | None = None, reference: bool = False
+    model: Any,
+    plan: RoutePlan | None = None,
+    *,
+    memory: MemoryPlan | None = None,
+    residual_dtype: torch.dtype | None = None,
+    reference: bool = False,
 ) -> RoutePlan:
     """Replaces the inner model of `model` (a transformers Qwen2, under PEFT or not) and returns the plan.
 
     Args:
+        plan: of `plan_routes`, with routes changed perhaps: layers that it leaves to transformers are left to them.
+            What cannot be fused is not, whatever it says; the plan that is returned is what runs.
         memory, residual_dtype, reference: see `RoutedStack`.
 
     With a memory plan that has weights on the host these are there from now on; see `restore`.
@@ -25,11 +32,12 @@ def route(
     Raises:
         UserError: another architecture, or a model that is routed already.
     """
-    plan = plan_routes(model, reference=reference)
+    left = frozenset() if plan is None else plan.left
+    plan = plan_routes(model, reference=reference, left=left)
     stack, name = find_stack(model)
     if isinstance(stack, RoutedStack):
         raise UserError("the model is routed already", "Call unroute(model) first")
-    routed = RoutedStack(stack, memory=memory, residual_dtype=residual_dtype, reference=reference)
+    routed = RoutedStack(stack, memory=memory, residual_dtype=residual_dtype, reference=reference, left=left)
     _set(model, name, routed)
     routed.settle()
     return plan

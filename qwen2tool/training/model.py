@@ -89,7 +89,7 @@ def trainable_model(checkpoint: Checkpoint, settings: TrainSettings, placement: 
             dropout=settings.lora_dropout,
             targets=settings.lora_targets,
         )
-    if settings.memory_budget is not None:  # before gradients and the optimizer come
+    if settings.memory_budget is not None or settings.embedding == "host":  # before gradients and the optimizer come
         embedding_to_host(model)
     return model
 

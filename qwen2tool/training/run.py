@@ -22,7 +22,7 @@ from qwen2tool.checkpoint.load import load_tokenizer, quiet_transformers
 from qwen2tool.checkpoint.writer import require_apart, require_free, write_json
 from qwen2tool.console import remark
 from qwen2tool.errors import UserError
-from qwen2tool.routing.show import needed
+from qwen2tool.routing.show import needed, print_routes
 from qwen2tool.training.batches import bucket
 from qwen2tool.training.callbacks import MetricsFile, ProgressBar, StepClock
 from qwen2tool.training.dataset import Records, as_samples, read_records
@@ -123,6 +123,8 @@ def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool)
     checkpoint = open_checkpoint(settings.model)
     require_safetensors(checkpoint)
     require_whole(checkpoint)
+    if settings.embedding == "host" and checkpoint.geometry.tie_word_embeddings:
+        raise UserError(f"--embedding is host, but {checkpoint.path} ties the head to the table", "Leave it out")
     tokenizer = load_tokenizer(checkpoint.path)
     records, held_out = _read_both(tokenizer, checkpoint, settings)
     for part in filter(None, (records, held_out)):
@@ -134,7 +136,7 @@ def _check(settings: TrainSettings, output: Path, resume: bool, overwrite: bool)
 
 
 def _route(model: Any, settings: TrainSettings, placement: Placement, records: Records) -> Plans:
-    """The model on its routes, said in a line; the largest pass that can come is what memory is planned for."""
+    """The model on its routes, which are logged; the largest pass that can come is what memory is planned for."""
     largest = sorted((sum(len(s.ids) for s in as_samples(item)) for item in records.items), reverse=True)
     step = settings.batch_size * settings.gradient_accumulation
     most = bucket(sum(largest[:step]))
@@ -156,6 +158,7 @@ def _route(model: Any, settings: TrainSettings, placement: Placement, records: R
             f"--memory-budget is {budget:g} GB, the smallest plan needs about {needed(plans.memory)}",
             "Raise it, lower --max-length, or pass --quantize nf4",
         )
+    print_routes(plans.routes, stderr=True)
     remark(f"routes: {plans}")
     return plans
 

@@ -42,7 +42,10 @@ class TrainSettings:
         skip_too_long: leave out records whose answer does not fit at all, instead of stopping.
         recompute: which activations the backward recomputes: "auto" keeps what `memory_budget` holds.
         memory_budget: GPU memory for the run once the model is loaded, in 10^9 bytes; None: what is free then.
-        graphs: "auto" replays passes from CUDA graphs where all layers are fused, "off" never; same bits.
+        embedding: "auto" puts the table on the host where memory is short, "host" always (on a GPU, where the head is
+            not tied to it).
+        graphs: "auto" replays passes from CUDA graphs where all layers are fused, "off" never. A pass has the same bits
+            either way; for graphs, passes are filled up to few lengths, and longer products may round otherwise.
         routes: "auto" takes the fused layers, "reference" transformers' own, for comparison.
         dtype: of frozen weights and compute; "auto" is bfloat16 on CUDA (float16 on a GPU without), float32 on the CPU.
         device: "auto" is CUDA where there is one.
@@ -77,6 +80,7 @@ class TrainSettings:
     skip_too_long: bool = False
     recompute: Literal["auto", "all", "none"] = "auto"
     memory_budget: float | None = None
+    embedding: Literal["auto", "host"] = "auto"
     graphs: Literal["auto", "off"] = "auto"
     routes: Literal["auto", "reference"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -15,6 +15,7 @@ from qwen2tool.kernels import backend
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route
+from tests.kernels.poison import nan_memory  # noqa: F401  (a fixture)
 from tests.routing.models import batch, fill_adapters, logits_and_gradients, lora_model, padding
 from tests.tolerances import FACTOR, relative_error
 
@@ -48,7 +49,7 @@ def worst(errors):
     return max(errors.items(), key=lambda item: item[1])
 
 
-pytestmark = pytest.mark.usefixtures("wide_norms")
+pytestmark = pytest.mark.usefixtures("wide_norms", "nan_memory")
 
 GEOMETRIES = {
     "gqa": {},
@@ -66,6 +67,35 @@ def test_logits_and_every_gradient(geometry, keep):
     assert plan.counts == {"fused layer": 3}
     assert worst(errors)[1] < EXACT, worst(errors)
     assert len(errors) == 1 + 3 * 7 * 2
+
+
+ROPES = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8},
+    "longrope": {
+        "factor": 2.0, "original_max_position_embeddings": 8,
+        "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
+    },
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["plain", "left"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_every_rope_type(kind, side):
+    """Sequences of 17 in models made for 8, where the frequencies of some types depend on the length."""
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, **ROPES[kind]}
+    model = lora_model(config={"max_position_embeddings": 8, "rope_parameters": rope})
+    mask = {} if side == "plain" else {"attention_mask": padding(side)}
+    plan, errors = compare(model, input_ids=batch(), **mask)
+    assert plan.counts == {"fused layer": 3}
+    assert worst(errors)[1] < EXACT, worst(errors)
+    other = lora_model(config={"max_position_embeddings": 8})
+    plain, scaled = (logits_and_gradients(m.double(), input_ids=batch(), **mask)["logits"] for m in (other, model))
+    assert relative_error(scaled, plain) > 1e-3, "the control: this type is another function"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -11,7 +11,7 @@ from qwen2tool.routing.attention import safe_attention
 from qwen2tool.routing.memory import MemoryPlan
 from qwen2tool.routing.swap import route, unroute
 from tests.routing.models import batch, logits_and_gradients, lora_model, padding
-from tests.tolerances import FACTOR, relative_error
+from tests.tolerances import EACH, FACTOR, LOST, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -50,7 +50,7 @@ def test_error_is_no_larger_than_the_unrouted_model_s(dtype, case, keep):
             found = logits_and_gradients(model, **inputs)
         unroute(model)
         pairs = [(relative_error(found[n], truth[n]), relative_error(plain[n], truth[n])) for n in truth]
-        assert all(math.isfinite(ours) for ours, _ in pairs)
+        assert all(ours <= min(EACH * theirs, LOST) for ours, theirs in pairs), pairs
         ratios += [ours / theirs for ours, theirs in pairs]
     assert geometric_mean(ratios) < FACTOR, geometric_mean(ratios)
 

@@ -12,7 +12,6 @@ Here one geometry runs on the CPU; `test_matrix_gpu.py` runs the rest with the s
 from __future__ import annotations
 
 import copy
-import math
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,15 +31,13 @@ from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route, unroute
 from tests.routing.models import batch, fill_adapters, padding
 from tests.tiny import TARGETS, tiny_model
-from tests.tolerances import FACTOR
+from tests.tolerances import FACTOR, assert_no_worse, ratio
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of one input; each group has its stream of masks, each linear a mask of its own."""
 RANK, ALPHA, SEED = 5, 12, 3
 SAYS_NOTHING = 0.2
 """A reference as wrong as that is no measure."""
-LEAST = 1e-12
-"""Of an error, where a ratio is taken."""
 
 Geometry = tuple[tuple[str, Any], ...]
 """Changes of tests.tiny's config, as pairs."""
@@ -304,23 +301,13 @@ def errors_of(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) ->
     return {name: relative_error(found[name], truth[name]) for name in truth}
 
 
-def ratio(ours: dict[str, float], theirs: dict[str, float]) -> float:
-    """Geometric mean over all tensors of our error by theirs; infinite where ours is."""
-    if not all(map(math.isfinite, ours.values())):
-        return math.inf
-    logs = [math.log((ours[name] + LEAST) / (theirs[name] + LEAST)) for name in ours]
-    return math.exp(sum(logs) / len(logs))
-
-
 def check(case: Case, dtype: torch.dtype, monkeypatch: Any) -> float:
-    """Our error may be FACTOR times that of the unrouted model, which must be one that says something."""
+    """See `assert_no_worse`; the unrouted model's error must be one that says something."""
     ours, theirs = (kind(case, dtype, monkeypatch) for kind in (routed_errors, plain_errors))
     layers = dict(case.geometry).get("num_hidden_layers", 3)
     assert len(ours) == 2 + layers + (2 * 7 * layers if case.adapter == "on" else 0)
     assert max(theirs.values()) < SAYS_NOTHING, theirs
-    found = ratio(ours, theirs)
-    assert found <= FACTOR, (found, {name: (ours[name], theirs[name]) for name in ours})
-    return found
+    return assert_no_worse(ours, theirs)
 
 
 def lost_bias_ratio(case: Case, dtype: torch.dtype, monkeypatch: Any) -> float:
@@ -360,6 +347,20 @@ def test_error_is_no_larger_than_the_unrouted_model_s(monkeypatch, quantize, dro
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_a_lost_bias_is_outside(monkeypatch, quantize):
     assert lost_bias_ratio(small(quantize), torch.bfloat16, monkeypatch) > 2 * FACTOR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_lost_gradient_is_outside(monkeypatch, dtype):
+    """Of all tensors: the mean alone would not tell."""
+    case = small(dropout=0.0, layout="plain")
+    ours, theirs = (kind(case, dtype, monkeypatch) for kind in (routed_errors, plain_errors))
+    assert_no_worse(ours, theirs)
+    gradients = [name for name in ours if "lora_" in name]
+    assert len(gradients) == 2 * 7 * 2
+    for name in gradients:
+        with pytest.raises(AssertionError):
+            assert_no_worse(ours | {name: 1.0}, theirs)
+    assert dtype == torch.float32 or ratio(ours | {gradients[0]: 1.0}, theirs) < FACTOR, "the mean alone"
 
 
 def test_masks_of_another_seed_are_outside(monkeypatch):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from qwen2tool.checkpoint.folder import open_checkpoint
 from qwen2tool.checkpoint.load import load_model, quiet_transformers
 from qwen2tool.routing import stack as stack_module
-from qwen2tool.routing.plan import find_stack, plan_routes
-from qwen2tool.routing.swap import route
+from qwen2tool.routing.plan import RoutePlan, find_stack, plan_routes
+from qwen2tool.routing.swap import route, unroute
 from tests.routing.models import batch, fill_adapters, logits_and_gradients, lora_model, padding
 from tests.tiny import TARGETS, tiny_model
 from tests.tolerances import relative_error
@@ -313,3 +315,26 @@ def test_prompt_tuning_touches_no_module():
     found = logits_and_gradients(model, input_ids=batch())
     assert found.keys() == plain.keys() and len(plain) == 2
     assert all(relative_error(found[name], plain[name]) < CLOSE for name in plain)
+
+
+def test_a_plan_may_leave_layers_to_transformers(monkeypatch):
+    """Changed as data and given to `route`: that layer is transformers' own, the others fused, the function stays."""
+    model, calls = lora_model(), []
+    wanted = logits_and_gradients(model, input_ids=batch())
+    routes = plan_routes(model).routes
+    routes = [replace(r, implementation="reference") if r.module.endswith("layers.1") else r for r in routes]
+    forward = Qwen2DecoderLayer.forward
+
+    def counted(layer, *arguments, **options):
+        calls.append(1)
+        return forward(layer, *arguments, **options)
+
+    monkeypatch.setattr(Qwen2DecoderLayer, "forward", counted)
+    plan = route(model, RoutePlan(tuple(routes)))
+    assert plan.counts == {"fused layer": 2, "reference": 1} and plan.left == {1}
+    assert {r.reason for r in plan.routes if "layers.1" in r.module} == {"asked for"}
+    found = logits_and_gradients(model, input_ids=batch())
+    assert calls == [1]
+    assert max(relative_error(found[name], wanted[name]) for name in wanted) < CLOSE
+    unroute(model)
+    assert route(model).counts == {"fused layer": 3}

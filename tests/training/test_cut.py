@@ -133,6 +133,7 @@ def test_a_whole_run_and_what_it_says(base_folder, tmp_path, monkeypatch, task, 
         settings = settings_for(base_folder, tmp_path, task=task, gradient_accumulation=4, epochs=2)
         report = run.train(settings, overwrite=True)
         said = capsys.readouterr().err
+        assert "layers.0-" in said and "bias in fp32 with RoPE" in said, "the table of routes"
         assert (f"passes of up to {most} tokens" in said) == (most is not None) and report.steps == 4
         written = json.loads((tmp_path / "run" / "report.json").read_text())
         assert written["routes"]["tokens_a_pass"] == most

@@ -15,8 +15,10 @@ from qwen2tool.checkpoint.load import load_tokenizer
 from qwen2tool.data.encode import encode_conversation, encode_preference
 from qwen2tool.data.records import read_conversations, read_preferences
 from qwen2tool.errors import UserError
+from qwen2tool.training import model as training_model
 from qwen2tool.training.run import train
 from qwen2tool.training.tasks import SftTask
+from tests.tiny import write_tiny
 from tests.training.common import settings_for, write_instructions, write_preferences
 from tests.training.padded import padded_batch
 
@@ -230,6 +232,18 @@ def test_losses_of_every_step_count_however_seldom_they_are_logged(base_folder, 
     assert (rare.first_loss, rare.last_loss) == (often.first_loss, often.last_loss)
     logged = [entry["loss"] for entry in metrics_of(sft) if "loss" in entry]
     assert (often.first_loss, often.last_loss) == pytest.approx((logged[0], logged[-1]), rel=1e-6)
+
+
+def test_the_embedding_table_goes_to_the_host_where_asked(base_folder, sft, monkeypatch):
+    moved = []
+    monkeypatch.setattr(training_model, "embedding_to_host", moved.append)
+    for embedding in ("auto", "host"):
+        train(settings_for(base_folder, sft, max_steps=1, embedding=embedding), overwrite=True)
+    assert len(moved) == 1
+    tied = write_tiny(sft / "tied", tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"--embedding is host, but .*tied ties the head to the table"):
+        train(settings_for(tied, sft, embedding="host", output=str(sft / "other")))
+    assert not (sft / "other").exists() and len(moved) == 1
 
 
 def test_an_unknown_tracker_is_refused_before_anything_is_written(base_folder, sft):
