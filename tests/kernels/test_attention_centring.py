@@ -7,7 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from qwen2tool.kernels import backend
-from qwen2tool.kernels.attention import attend, attend_ragged, attend_uniform, attention_reference
+from qwen2tool.kernels.attention import (
+    _attend_masked,
+    attend,
+    attend_ragged,
+    attend_uniform,
+    attention_reference,
+)
 from qwen2tool.kernels.rope import key_centre, rope_forward, rope_reference
 from tests.kernels.attention_cases import SIXTEEN_BIT, ragged, states, uniform, with_gradients
 from tests.kernels.device import DEVICE
@@ -88,9 +94,11 @@ def test_centred_keys_keep_dq(dtype, width):
 
 
 def kernel_gradients(kernel, q, k, v, dout):
-    """dq, dk, dv of `varlen_attn` or of one SDPA backend."""
+    """dq, dk, dv of `varlen_attn`, of one SDPA backend, or with a mask, which GPUs without FlashAttention need."""
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    if kernel == "varlen":
+    if kernel == "masked":
+        out = _attend_masked(*inputs, ragged([len(q), 0], q.device).offsets, None)
+    elif kernel == "varlen":
         out = attend_ragged(*inputs, ragged([len(q), 0], q.device))
     else:
         out = attend_uniform(*inputs, (1, len(q)), order=(getattr(SDPBackend, kernel),))
@@ -112,15 +120,17 @@ def check_kernel_keeps_dq(kernel, dtype, tokens, width):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-def test_centred_keys_keep_dq_of_flash_attention(dtype):
-    """SDPA's FlashAttention, which torch has for CPUs too."""
-    check_kernel_keeps_dq("FLASH_ATTENTION", dtype, 448, 64)
+@pytest.mark.parametrize("kernel", ["FLASH_ATTENTION", "MATH", "masked"])
+def test_centred_keys_keep_dq_of_what_a_cpu_has(kernel, dtype):
+    check_kernel_keeps_dq(kernel, dtype, 448, 64)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("tokens", [448, 2048])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-@pytest.mark.parametrize("kernel", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "varlen"])
+@pytest.mark.parametrize(
+    "kernel", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "varlen", "masked"]
+)
 def test_centred_keys_keep_dq_of_every_kernel(kernel, dtype, tokens, width):
     check_kernel_keeps_dq(kernel, dtype, tokens, width)

@@ -348,7 +348,7 @@ def test_refusals():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(
     ("rows", "columns", "ranks"),
     [

@@ -214,20 +214,21 @@ def test_refusals():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [896, 3584, 4096, 5120, 8192, 12288])
 @pytest.mark.parametrize("extra", [0, 8, 64])
-def test_real_sizes(hidden: int, extra: int):
+def test_real_sizes(hidden: int, extra: int, dtype: torch.dtype):
     """Rows of hidden + rank numbers, as the K-extended product reads them; the same bits twice."""
 
     def view(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((rows, columns + extra), torch.nan, dtype=dtype, device=DEVICE)[:, :columns]
 
-    case = make((2049, hidden), torch.bfloat16, view)
-    y, rstd = rms_norm_forward(case.x, case.weight, EPS, out=view(2049, hidden, torch.bfloat16))
+    case = make((2049, hidden), dtype, view)
+    y, rstd = rms_norm_forward(case.x, case.weight, EPS, out=view(2049, hidden, dtype))
     given = case.dy, case.x, case.weight, rstd
     dx, dweight = rms_norm_backward(*given, residual_grad=case.residual, need_weight=True)
     for out, reference, truth in zip((y, dx, dweight), case.reference, case.truth, strict=True):
-        assert_as_good(out, reference, truth, torch.bfloat16)
+        assert_as_good(out, reference, truth, dtype)
     assert torch.equal(rms_norm_backward(*given, need_weight=True)[1], dweight)
 
 

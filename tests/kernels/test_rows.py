@@ -106,3 +106,21 @@ def test_products_on_a_cpu_meet_no_memory_that_nobody_wrote():
     weights = assemble(Group((Projection(weight, None, (adapter,)),)), x.dtype, extended=True)
     rooms = [weights.matrix, new_rows(9, 40, 8, weights).whole, rows_of(x, 8).tail]
     assert [bool(room.isfinite().all()) for room in rooms] == [DEVICE == "cpu"] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu(dtype):
+    """Rows as long as a 7B's, with room for LoRA's columns behind them; ranks and adapters as on the CPU."""
+    for rows, columns, pad in ((8192, 4096, 64), (2049, 18944, 192), (5, 63, 0), (3, 5000, 3), (0, 7, 1)):
+        test_copy_rows(dtype, rows, columns, pad)
+    for ranks in ((64, 64, 64), (1,), (3, 5), (7, 2, 4), (2, 1, 3, 2)):
+        for own in (torch.float32, torch.bfloat16):
+            test_fill_adapters(dtype, ranks, own)
+    test_without_b_only_a_is_written()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("turned", ["x", "out", "both"])
+def test_rows_that_are_not_contiguous_on_a_gpu(turned):
+    test_rows_that_are_not_contiguous(turned)

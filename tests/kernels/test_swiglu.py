@@ -196,21 +196,22 @@ def test_refusals():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [4864, 11008, 18944, 1000])
 @pytest.mark.parametrize("extra", [0, 8, 64])
-def test_real_sizes(width: int, extra: int):
+def test_real_sizes(width: int, extra: int, dtype: torch.dtype):
     """Rows of width + rank numbers, as the K-extended product of `down` reads them."""
 
     def view(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full((rows, columns + extra), torch.nan, dtype=dtype, device=DEVICE)[:, :columns]
 
-    case = make((1025, width), torch.bfloat16, view)
-    h_out = view(1025, width, torch.bfloat16)
+    case = make((1025, width), dtype, view)
+    h_out = view(1025, width, dtype)
     h = swiglu_forward(case.gate_up)
     grad = swiglu_backward(case.dh, case.gate_up, h_out=h_out)
     assert torch.equal(h_out, h)
-    assert_as_good(h, case.reference[0], case.truth[0], torch.bfloat16)
-    assert_as_good(grad, case.reference[1], case.truth[1], torch.bfloat16)
+    assert_as_good(h, case.reference[0], case.truth[0], dtype)
+    assert_as_good(grad, case.reference[1], case.truth[1], dtype)
     assert torch.equal(swiglu_backward(case.dh, case.gate_up, h_out=case.dh, out=case.gate_up), grad)
     assert torch.equal(case.dh, h)
 
