@@ -114,7 +114,9 @@ def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def flops_per_token(config: dict[str, Any], length: int, rank: int, recompute: bool) -> dict[str, float]:
+def flops_per_token(
+    config: dict[str, Any], length: int, rank: int, recompute: bool, reference_pass: bool = False
+) -> dict[str, float]:
     """Floating-point operations a token of a training step, by what needs them.
 
     Args:
@@ -122,6 +124,7 @@ def flops_per_token(config: dict[str, Any], length: int, rank: int, recompute: b
         length: tokens a sequence (T).
         rank: of LoRA on all seven projections.
         recompute: whether the backward runs each layer's forward again.
+        reference_pass: whether a forward with the adapter off comes before.
     """
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     shapes = linears(config).values()
@@ -133,7 +136,10 @@ def flops_per_token(config: dict[str, Any], length: int, rank: int, recompute: b
     backward = {"frozen": 1.0, "attention": 2.5, "lora": 2.0}
     passes = 2 if recompute else 1
     total = {name: count * (passes + backward[name]) for name, count in forward.items()}
-    return total | {"head": 4.0 * hidden * config["vocab_size"]}
+    total["head"] = 4.0 * hidden * config["vocab_size"]
+    if reference_pass:
+        total["reference"] = forward["frozen"] + forward["attention"] + total["head"] / 2
+    return total
 
 
 def floor(
@@ -146,6 +152,7 @@ def floor(
     accumulation: int = 1,
     quantised: bool = True,
     recompute: bool = True,
+    reference_pass: bool = False,
 ) -> dict[str, float]:
     """Milliseconds that one optimizer step cannot beat, and their parts; see the module docstring.
 
@@ -154,14 +161,15 @@ def floor(
         ceilings: of `measure`.
         batch, length, accumulation: sequences, their tokens, micro-batches a step.
         rank: of LoRA on all seven projections.
-        quantised: NF4 base, unpacked twice a micro-batch; otherwise 16 bit, read by the products themselves.
-        recompute: as in `flops_per_token`.
+        quantised: NF4 base, unpacked twice a micro-batch (three times with a reference pass); otherwise 16 bit, read by
+            the products themselves.
+        recompute, reference_pass: as in `flops_per_token`.
     """
     tokens = batch * length * accumulation
-    flops = sum(flops_per_token(config, length, rank, recompute).values()) * tokens
+    flops = sum(flops_per_token(config, length, rank, recompute, reference_pass).values()) * tokens
     weights = config["num_hidden_layers"] * sum(k * o for k, o in linears(config).values())
     trainable = config["num_hidden_layers"] * sum(rank * (k + o) for k, o in linears(config).values())
-    unpacked = 2 * accumulation * weights * (NF4_BYTES + 2) if quantised else 0.0
+    unpacked = (3 if reference_pass else 2) * accumulation * weights * (NF4_BYTES + 2) if quantised else 0.0
     parts = {
         "products_ms": 1e3 * flops / ceilings["flops_per_s"],
         "unpack_ms": 1e3 * unpacked / ceilings["copy_bytes_per_s"],

@@ -64,6 +64,7 @@ class Work:
         recompute: "all" or "none": gradient checkpointing on or off; "auto", for ours alone, is its memory plan.
         budget_gb: what ours may use, in 10^9 bytes; 0 is no budget.
         accumulation: micro-batches an optimizer step.
+        reference_pass: 1: every micro-batch is scored with the adapter off before, without gradients, as DPO does.
     """
 
     batch: int = 4
@@ -75,6 +76,7 @@ class Work:
     recompute: str = "all"
     budget_gb: float = 0.0
     accumulation: int = 1
+    reference_pass: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +151,8 @@ def load_ours(job: Job) -> Trainer:
     options = StepOptions(
         rank=job.rank, alpha=job.alpha, dropout=job.dropout, quantize=job.quantize, recompute=job.recompute,
         memory_budget_gb=job.budget_gb or None, graphs=job.peer == "ours" and job.device == "cuda",
-        accumulation=job.accumulation, learning_rate=LEARNING_RATE, max_grad_norm=MAX_GRAD_NORM, seed=0,
-        device=job.device,
+        accumulation=job.accumulation, reference_pass=bool(job.reference_pass), learning_rate=LEARNING_RATE,
+        max_grad_norm=MAX_GRAD_NORM, seed=0, device=job.device,
     )  # fmt: skip
     stepper = Stepper.from_checkpoint(Path(job.model), options)
     return Trainer(stepper.model, stepper.step, stepper.describe, stepper.forget_graphs)
@@ -244,6 +246,9 @@ def autocast_step(model: Any, job: Job) -> Callable[[list[Any]], Any]:
         for batch in batches:
             ids = batch.to(job.device, non_blocking=True)
             with torch.autocast(job.device, torch.bfloat16, enabled=job.peer != "hf_fp32"):
+                if job.reference_pass:
+                    with torch.no_grad(), model.disable_adapter():
+                        model(input_ids=ids, labels=ids)
                 loss = model(input_ids=ids, labels=ids).loss / len(batches)
             loss.backward()
             total += loss.detach()

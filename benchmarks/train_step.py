@@ -68,6 +68,7 @@ SETTINGS = {
     "large_42gb": Setting(
         geometry="qwen1.5-7b", batch=4, length=2048, recompute="none", budget_gb=42, peers=("unsloth", "ours")
     ),
+    "reference_pass": Setting(geometry="qwen1.5-7b", batch=4, length=1024, reference_pass=1),
     "seed": Setting(geometry="qwen1.5-7b", batch=1, length=1024, dropout=0.05, accumulation=16),
     "small": Setting(geometry="qwen1.5-7b", batch=1, length=1024, rank=8, budget_gb=5.3),
     "gqa": Setting(geometry="qwen2-7b", batch=4, length=2048),
@@ -257,6 +258,7 @@ def checkpoint(geometry: str, options: argparse.Namespace, deadline: Deadline) -
 def floors(setting: Setting, config: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, Any]:
     """The setting's floor with its own recompute and, beside it, the one without."""
     shape = {name: getattr(setting, name) for name in ("batch", "length", "rank", "accumulation")}
+    shape["reference_pass"] = bool(setting.reference_pass)
     quantised = setting.quantize == "nf4"
     own = floor(config, ceilings, **shape, quantised=quantised, recompute=setting.recompute != "none")
     bare = floor(config, ceilings, **shape, quantised=quantised, recompute=False)

@@ -87,6 +87,7 @@ def _setting_text(part: dict[str, Any]) -> str:
     layers = f", {part['layers']} layers" if part.get("layers") else ""
     kept = f", {part['budget_gb']:g} GB" if part["budget_gb"] else ""
     kept += ", no checkpointing" if part["recompute"] == "none" else ""
+    kept += ", a pass with the adapter off before" if part.get("reference_pass") else ""
     return (
         f"{part['geometry']}{layers}, {micro}{part['batch']} x {part['length']}, "
         f"{'16 bit' if part['quantize'] == 'none' else part['quantize']}, r {part['rank']}, "

@@ -38,6 +38,7 @@ class StepOptions:
         memory_budget_gb: of GPU memory for everything once the model is loaded, in 10^9 bytes; None: what is free.
         recompute, graphs: see `routing.memory` and `passes`.
         accumulation: passes a step.
+        reference_pass: score every batch with the adapter off as well, before, as DPO does without a cache.
     """
 
     rank: int = 64
@@ -48,6 +49,7 @@ class StepOptions:
     recompute: Recompute = "auto"
     graphs: bool = True
     accumulation: int = 1
+    reference_pass: bool = False
     learning_rate: float = 2e-4
     max_grad_norm: float = 0.3
     seed: int = 0
@@ -70,6 +72,8 @@ class Stepper:
         )
         self._passes: Passes | None = None
         self._described: dict[str, Any] = {}
+        self.reference: torch.Tensor | None = None
+        """The mean loss of a token with the adapter off in the last step, (), where `reference_pass` asks for it."""
 
     @classmethod
     def from_checkpoint(cls, path: Path, options: StepOptions) -> Stepper:
@@ -99,6 +103,8 @@ class Stepper:
         self._optimizer.step()
         # Graphs write to tensors that stay: zeroed now, behind the optimizer, the next pass need not wait for it.
         self._optimizer.zero_grad(set_to_none=not self._passes.captured)
+        if self.options.reference_pass:
+            self.reference = torch.stack([outcome["reference"] for outcome in outcomes]).sum()
         return torch.stack([outcome["loss"] for outcome in outcomes]).sum()
 
     def describe(self) -> dict[str, Any]:
@@ -129,7 +135,15 @@ class Stepper:
         self._passes = Passes(self._loss, self._parameters, nullcontext, graphs=plans.graphs)
 
     def _loss(self, batch: Batch) -> Outcome:
-        return {"loss": -log_probs(self.model, batch, batch["labels"]).sum() / batch["scored"]}
+        found = {}
+        if self.options.reference_pass:
+            with torch.no_grad(), self.model.disable_adapter():
+                found["reference"] = self._mean(batch)
+        return {**found, "loss": self._mean(batch)}
+
+    def _mean(self, batch: Batch) -> torch.Tensor:
+        loss: torch.Tensor = -log_probs(self.model, batch, batch["labels"]).sum() / batch["scored"]
+        return loss
 
     def _batch(self, ids: torch.Tensor, scored: int) -> dict[str, Any]:
         rows, columns = ids.shape

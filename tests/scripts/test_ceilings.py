@@ -77,6 +77,19 @@ def test_floor_of_the_large_setting():
     assert without["products_ms"] == pytest.approx(360, rel=0.02)
 
 
+def test_a_pass_with_the_adapter_off_is_one_more_forward_of_the_base():
+    config = published_config("qwen1.5-7b")
+    limits = {"flops_per_s": 1e15, "copy_bytes_per_s": 1e12}
+    plain, more = (
+        ceilings.floor(config, limits, batch=4, length=1024, rank=64, reference_pass=passes) for passes in (False, True)
+    )
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    token = 2 * weights + 2 * 4096 * 151936 + 32 * 2 * 1024 * 4096
+    assert more["products_ms"] - plain["products_ms"] == pytest.approx(1e3 * 4096 * token / 1e15)
+    assert more["unpack_ms"] == pytest.approx(1.5 * plain["unpack_ms"])
+    assert more["optimizer_ms"] == plain["optimizer_ms"]
+
+
 def test_accumulation_repeats_all_but_the_optimizer_and_16_bit_needs_no_unpacking():
     config = published_config("qwen2-7b")
     limits = {"flops_per_s": 1e15, "copy_bytes_per_s": 1e12}

@@ -85,6 +85,8 @@ def test_settings_without_ours_or_accumulation_and_with_a_budget():
         "| big: qwen1.5-7b, 4 layers, 1 x 1024, 16 bit, r 64, dropout 0.05, 42 GB, no checkpointing |"
         " stopped after 300 s | 6,370 ms, 8.8 GB | OutOfMemoryError | - | - | - |"
     )
+    dpo = speed_tables.speed_table({"dpo": part | {"reference_pass": 1}}).splitlines()[-1]
+    assert "no checkpointing, a pass with the adapter off before |" in dpo
     small = speed_tables.speed_table({"small": part | {"recompute": "all", "budget_gb": 5.3}}).splitlines()[-1]
     assert "dropout 0.05, 5.3 GB |" in small
 

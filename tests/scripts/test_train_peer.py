@@ -46,6 +46,12 @@ def results(job):
     return {peer: train_peer.run(replace(job, peer=peer)) for peer in ("hf", "ours")}
 
 
+@pytest.mark.parametrize("peer", ["hf", "ours"])
+def test_a_pass_with_the_adapter_off_changes_no_loss(results, job, peer):
+    found = train_peer.run(replace(job, peer=peer, reference_pass=1))
+    assert found["losses"] == pytest.approx(results[peer]["losses"], rel=1e-6)
+
+
 def test_result_has_what_the_table_needs(results, job):
     found = results["hf"]
     assert found["steps_counted"] == 3 and len(found["losses"]) == len(found["step_ms"]) == 4

@@ -156,6 +156,19 @@ def test_steps_go_on_when_graphs_are_forgotten(base_folder):
         stepper.forget_graphs()
 
 
+def test_a_pass_with_the_adapter_off_goes_before(base_folder):
+    """Its loss is the base model's, and the step is the one without it."""
+    several, found = batches(2), []
+    for reference_pass in (False, True):
+        stepper, model = make(base_folder, accumulation=2, reference_pass=reference_pass)
+        loss = stepper.step(several)
+        found.append((loss, updates(stepper.model, trainable(model))))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1]) and found[0][1].any()
+    with torch.no_grad(), model.disable_adapter():
+        base = sum(model(input_ids=ids, labels=ids, use_cache=False).loss for ids in several) / 2
+    assert relative_error(stepper.reference, base) < 1e-5 and relative_error(base, loss) > 1e-4
+
+
 @pytest.mark.parametrize(("device", "hashed"), [("cpu", 0), ("cuda", 1), ("cuda:1", 1)])
 def test_triton_hashes_its_files_while_weights_are_loaded(device, hashed):
     """For a GPU, and in time for the first kernel, which finds the result."""
