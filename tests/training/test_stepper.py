@@ -178,3 +178,21 @@ def test_triton_hashes_its_files_while_weights_are_loaded(device, hashed):
     for thread in set(threading.enumerate()) - before:
         thread.join()
     assert triton_key.cache_info().currsize == hashed
+
+
+@pytest.mark.gpu
+def test_a_pass_with_the_adapter_off_in_graphs(base_folder):
+    """PEFT's switch inside a capture: the same bits as eagerly, and the base model's loss in every replay."""
+    runs = []
+    for graphs in (True, False):
+        options = StepOptions(**OPTIONS | {"device": "cuda", "dtype": "bfloat16", "graphs": graphs}, reference_pass=True)
+        stepper = Stepper.from_checkpoint(base_folder, options)
+        fill_adapters(stepper.model)
+        found = []
+        for _ in range(4):
+            found.append((float(stepper.step(batches())), float(stepper.reference)))
+        assert stepper.describe()["graphs"] == int(graphs)
+        runs.append((found, trainable(stepper.model)))
+    (ours, adapters), (eager, others) = runs
+    assert ours == eager and all(torch.equal(adapters[name], others[name]) for name in others)
+    assert len({loss for loss, _ in ours}) == 4 and len({reference for _, reference in ours}) == 1
