@@ -185,7 +185,8 @@ def test_a_pass_with_the_adapter_off_in_graphs(base_folder):
     """PEFT's switch inside a capture: the same bits as eagerly, and the base model's loss in every replay."""
     runs = []
     for graphs in (True, False):
-        options = StepOptions(**OPTIONS | {"device": "cuda", "dtype": "bfloat16", "graphs": graphs}, reference_pass=True)
+        changes = {"device": "cuda", "dtype": "bfloat16", "graphs": graphs, "reference_pass": True}
+        options = StepOptions(**(OPTIONS | changes))
         stepper = Stepper.from_checkpoint(base_folder, options)
         fill_adapters(stepper.model)
         found = []
