@@ -30,6 +30,7 @@ from qwen2tool.kernels.backend import blank, require
 from qwen2tool.kernels.dropout import keep_bits
 from qwen2tool.kernels.group import Group, Projection, Weights, assemble, plain_weight, prefers_extended
 from qwen2tool.kernels.masked import masked_grad_a, masked_grad_x, masked_product
+from qwen2tool.kernels.rows import copy_rows
 
 
 def reference(x: torch.Tensor, group: Group, masks: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -81,6 +82,19 @@ def new_rows(tokens: int, columns: int, width: int, weights: Weights) -> Rows:
 def rows_of(plain: torch.Tensor, width: int, tail: torch.Tensor | None = None) -> Rows:
     """Rows around a tensor that is there already, and around its tail where that is too."""
     return Rows(plain, blank(plain, plain.shape[0], width) if tail is None else tail)
+
+
+def gradient_rows(dy: torch.Tensor, group: Group, weights: Weights, bits: torch.Tensor | None) -> Rows:
+    """dy (N, O), in the dtype of `weights`, as the rows of the backward.
+
+    Where that is one product over [dy | dy s B], copying dy to rows with room is cheaper than adding LoRA's part to dx
+    afterwards; where it is not (dropout, weights used where they lie), dy serves as it is.
+    """
+    if weights.matrix is None or bits is not None:
+        return rows_of(dy, group.width)
+    rows = new_rows(dy.shape[0], group.rows, group.width, weights)
+    copy_rows(dy, rows.plain)
+    return rows
 
 
 def low_rank(x: Rows, group: Group, weights: Weights, bits: torch.Tensor | None = None) -> None:
@@ -276,10 +290,7 @@ class _LoraGroup(torch.autograd.Function):
         x, t, bits = ctx.saved_tensors
         group: Group = ctx.group
         weights = assemble(group, dy.dtype, extended=ctx.extended)
-        rows = rows_of(dy, group.width)
-        if weights.matrix is not None and bits is None:
-            rows = new_rows(dy.shape[0], group.rows, group.width, weights)
-            rows.plain.copy_(dy)
+        rows = gradient_rows(dy, group, weights, bits)
         dx = group_backward(rows, group, weights, bits)
         grads = adapter_grads(rows, Rows(x, t), group, bits)
         return dx, None, None, *(g.to(p.dtype) for g, p in zip(grads, group.parameters, strict=True))

@@ -15,14 +15,13 @@ from qwen2tool.kernels.lora import (
     Rows,
     adapter_grads,
     draw_bits,
+    gradient_rows,
     group_backward,
     group_forward,
     low_rank,
     new_rows,
-    rows_of,
 )
 from qwen2tool.kernels.nf4 import Quantised
-from qwen2tool.kernels.rows import copy_rows
 from qwen2tool.routing.examine import LayerSpec
 from qwen2tool.routing.weights import HostWeights
 
@@ -163,19 +162,12 @@ class Operands:
         return y
 
     def gradient(self, dy: torch.Tensor, own: Rows | None) -> Rows:
-        """dy (N, O) as the rows of the backward, `own` if that is dy, ours to write behind, with room of this width.
-
-        Where the backward is one product over [dy | dy s B], copying dy to rows with room is cheaper than adding LoRA's
-        part to dx afterwards; where it is not (dropout, weights used where they lie), dy serves as it is.
-        """
+        """`gradient_rows` of dy (N, O), or `own` if that is dy, ours to write behind, with room of this width."""
         typed = dy.to(self._call.dtype)
-        if self.weights.matrix is None or self.bits is not None:
-            return rows_of(typed, self.group.width)
-        if own is not None and own.tail.shape[1] == self.group.width and typed is dy:
+        one_product = self.weights.matrix is not None and self.bits is None
+        if one_product and own is not None and own.tail.shape[1] == self.group.width and typed is dy:
             return own
-        rows = new_rows(dy.shape[0], self.group.rows, self.group.width, self.weights)
-        copy_rows(typed, rows.plain)
-        return rows
+        return gradient_rows(typed, self.group, self.weights, self.bits)
 
     def backward(self, dy: Rows) -> torch.Tensor:
         return group_backward(dy, self.group, self.weights, self.bits)

@@ -35,9 +35,15 @@ class RoutePlan:
     routes: tuple[Route, ...]
 
     @property
+    def layers(self) -> dict[int, Route]:
+        """Those of whole layers, by index."""
+        last = ((route.module.rpartition(".")[2], route) for route in self.routes)
+        return {int(name): route for name, route in last if name.isdigit()}
+
+    @property
     def counts(self) -> dict[str, int]:
         """Layers by implementation, for a line of a log."""
-        return dict(Counter(r.implementation for r in self.routes if r.module.split(".")[-1].isdigit()))
+        return dict(Counter(route.implementation for route in self.layers.values()))
 
     @property
     def all_fused(self) -> bool:
@@ -47,8 +53,7 @@ class RoutePlan:
     @property
     def left(self) -> frozenset[int]:
         """Indices of the layers that are transformers' own."""
-        layers = (r for r in self.routes if r.implementation == "reference" and r.module.split(".")[-1].isdigit())
-        return frozenset(int(r.module.split(".")[-1]) for r in layers)
+        return frozenset(index for index, route in self.layers.items() if route.implementation == "reference")
 
     def to_json(self) -> list[dict[str, str]]:
         """Plain values."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+import qwen2tool.kernels.lora
 import qwen2tool.routing.operands
 import qwen2tool.routing.stack
 from qwen2tool.routing.examine import examine_stack
@@ -34,13 +35,13 @@ WIDE = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "n
 def copies(monkeypatch):
     """How often a gradient was copied to rows with room."""
     counted = []
-    real = qwen2tool.routing.operands.copy_rows
+    real = qwen2tool.kernels.lora.copy_rows
 
     def counting(x, out):
         counted.append(x.shape)
         return real(x, out)
 
-    monkeypatch.setattr(qwen2tool.routing.operands, "copy_rows", counting)
+    monkeypatch.setattr(qwen2tool.kernels.lora, "copy_rows", counting)
     return counted
 
 

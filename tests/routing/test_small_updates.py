@@ -13,7 +13,7 @@ import qwen2tool.routing.stack
 from qwen2tool.kernels import lora
 from qwen2tool.kernels.dropout import unpack_bits
 from qwen2tool.kernels.group import Adapter, Group, Projection, assemble
-from qwen2tool.kernels.lora import draw_bits, group_backward, group_forward, new_rows, rows_of
+from qwen2tool.kernels.lora import draw_bits, gradient_rows, group_backward, group_forward, new_rows
 from qwen2tool.routing import layer, operands
 from qwen2tool.routing.plan import find_stack
 from qwen2tool.routing.swap import route
@@ -32,6 +32,12 @@ def gain(found, wanted):
     return float((found * wanted).sum() / wanted.square().sum())
 
 
+def drawn(seed):
+    """A `randn` of its own generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)
+
+
 @pytest.fixture(params=[True, False], ids=["extended", "separate"])
 def extended(request, monkeypatch):
     for module in (lora, layer, operands):
@@ -44,11 +50,7 @@ def extended(request, monkeypatch):
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_of_a_group(extended, dtype, residual, kind):
     """Two projections, one with a bias and two adapters; the stream lies on the grid of its dtype."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE)
-
+    randn = drawn(seed=0)
     projections, outs, updates = [], (96, 64), []
     x = randn(TOKENS, COLUMNS).to(dtype)
     for out, count in zip(outs, (2, 1), strict=True):
@@ -87,11 +89,7 @@ def test_of_the_gradient_of_x(extended, dtype, dropout, kind):
     Under dropout in the extended form not on a Hopper GPU, whose cuBLAS rounds a product before it adds it to what is
     there (`kernels.lora`).
     """
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE)
-
+    randn = drawn(seed=1)
     projections, outs = [], (96, 64)
     for out in outs:
         weight, step = randn(out, COLUMNS).to(dtype), STEP
@@ -105,11 +103,7 @@ def test_of_the_gradient_of_x(extended, dtype, dropout, kind):
     def gradient(*adapted):
         group = Group(tuple(adapted), dropout)
         weights, bits = assemble(group, dtype, extended=extended), draw_bits(group, TOKENS, seed)
-        rows = rows_of(dy, group.width)
-        if extended and not dropout:
-            rows = new_rows(TOKENS, group.rows, group.width, weights)
-            rows.plain.copy_(dy)
-        return group_backward(rows, group, weights, bits).double()
+        return group_backward(gradient_rows(dy, group, weights, bits), group, weights, bits).double()
 
     zero = [p._replace(adapters=tuple(a._replace(b=a.b * 0) for a in p.adapters)) for p in projections]
     base, bits = gradient(*zero), draw_bits(Group(tuple(projections), dropout), TOKENS, seed)
@@ -127,19 +121,16 @@ def test_of_the_gradient_of_x(extended, dtype, dropout, kind):
 @DTYPES
 def test_stream_and_bias_are_added_before_the_rounding(extended, dtype):
     """Both on one projection: the error is that of one rounding, not of two."""
-    generator = torch.Generator().manual_seed(2)
-
-    def randn(*shape):
-        return torch.randn(shape, generator=generator).to(DEVICE)
-
+    randn = drawn(seed=2)
     x, stream, bias = randn(TOKENS, COLUMNS).to(dtype), randn(TOKENS, 96).to(dtype), randn(96).to(dtype)
     weight = randn(96, COLUMNS).to(dtype) * COLUMNS**-0.5
-    adapter = Adapter(randn(RANK, COLUMNS), torch.zeros(96, RANK, device=DEVICE), 0.5)
+    adapter = Adapter(randn(RANK, COLUMNS), STEP * randn(96, RANK).sign(), 0.5)
     group = Group((Projection(weight, bias, (adapter,)),))
     weights = assemble(group, dtype, extended=extended)
     rows = new_rows(TOKENS, COLUMNS, group.width, weights)
     rows.plain.copy_(x)
-    base = stream.double() + x.double() @ weight.double().T
+    update = (x.double() @ adapter.a.double().T) @ adapter.b.double().T * adapter.scale
+    base = stream.double() + x.double() @ weight.double().T + update
     right = base + bias.double()
     once, twice = (right.to(dtype) - right).norm(), (base.to(dtype) + bias).double() - right
     assert (group_forward(rows, group, weights, residual=stream) - right).norm() < 1.05 * once
@@ -154,9 +145,9 @@ def stream(dtype, kind, size, *, routed):
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            drawn = torch.randn(parameter.shape, generator=generator)
-            drawn = drawn * parameter.shape[1] ** -0.5 if "_A" in name else size * drawn.sign() * (kind in name)
-            parameter.data = drawn.to(DEVICE)
+            values = torch.randn(parameter.shape, generator=generator)
+            values = values * parameter.shape[1] ** -0.5 if "_A" in name else size * values.sign() * (kind in name)
+            parameter.data = values.to(DEVICE)
     if routed:
         route(model)
     seen = []

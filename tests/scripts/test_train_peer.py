@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks import train_peer
@@ -47,9 +48,14 @@ def results(job):
 
 
 @pytest.mark.parametrize("peer", ["hf", "ours"])
-def test_a_pass_with_the_adapter_off_changes_no_loss(results, job, peer):
-    found = train_peer.run(replace(job, peer=peer, reference_pass=1))
-    assert found["losses"] == pytest.approx(results[peer]["losses"], rel=1e-6)
+def test_a_pass_with_the_adapter_off_changes_no_loss(results, job, peer, monkeypatch):
+    """It comes once a micro-batch, and not where nobody asks for it."""
+    off, switch = [], PeftModel.disable_adapter
+    monkeypatch.setattr(PeftModel, "disable_adapter", lambda model: (off.append(1), switch(model))[1])
+    for passes in (0, 1):
+        found = train_peer.run(replace(job, peer=peer, reference_pass=passes))
+        assert len(off) == passes * job.steps * job.accumulation
+        assert found["losses"] == pytest.approx(results[peer]["losses"], rel=1e-6)
 
 
 def test_result_has_what_the_table_needs(results, job):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from qwen2tool.routing import host
 from qwen2tool.routing.memory import WORKSPACES, plan_memory
+from qwen2tool.training import fast
 from qwen2tool.training.batches import parts
 from qwen2tool.training.fast import GROWTH, PACKED, compact, put_on_fast_path, share_memory
 from tests.routing.models import fill_adapters
@@ -97,6 +99,22 @@ def test_a_compacted_model_is_the_same_in_other_places(monkeypatch):
     assert all(after[name].data_ptr() != old[name].data_ptr() for name in old)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+@pytest.mark.parametrize(("head", "pinned", "moves"), [("cuda", False, 1), ("cuda", True, 0), ("cpu", False, 0)])
+def test_a_table_that_is_not_pinned_yet_goes_to_the_host(head, pinned, moves, monkeypatch):
+    """On the device, or on the host as a copied model has it; not where the model computes on a CPU."""
+    table = SimpleNamespace(is_pinned=lambda: pinned, requires_grad=False)
+    weight = SimpleNamespace(is_cuda=head == "cuda")
+    model = SimpleNamespace(
+        get_input_embeddings=lambda: SimpleNamespace(weight=table),
+        get_output_embeddings=lambda: SimpleNamespace(weight=weight),
+        config=SimpleNamespace(tie_word_embeddings=False),
+    )
+    moved = []
+    monkeypatch.setattr(fast, "_move", moved.append)
+    fast.embedding_to_host(model)
+    assert moved == [[table]] * moves
 
 
 def test_a_cpu_keeps_4_bits():
